@@ -1,0 +1,1 @@
+"""Looking at models: plain functions (model, data) -> findings."""

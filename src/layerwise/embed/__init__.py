@@ -1,0 +1,1 @@
+"""What turns raw inputs into the residual stream: one embedding per modality."""

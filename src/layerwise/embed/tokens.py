@@ -1,0 +1,49 @@
+"""Token embeddings with absolute positions and token types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.embed.spec import TokenSpec
+from layerwise.nn.norms import fill_norm, make_norm
+from layerwise.nn.positions import sinusoids
+
+
+class TokenEmbedding(nn.Module):
+    """scale * E[ids] + P[positions] + T[types], normalized and dropped out as the spec says: (b, s) -> (b, s, width)."""
+
+    def __init__(self, spec: TokenSpec, width: int) -> None:
+        super().__init__()
+        assert spec.vocab is not None, "the vocabulary size is filled in before a model is built"
+        self.spec, self.width = spec, width
+        self.tokens = nn.Embedding(spec.vocab, width)
+        self.positions = nn.Embedding(spec.max_length, width) if spec.position == "learned" else None
+        self.types = nn.Embedding(spec.types, width) if spec.types else None
+        self.norm = make_norm(spec.norm, width, spec.norm_eps) if spec.norm else None
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(self, batch: Mapping[str, Any], positions: Tensor) -> Tensor:
+        """Embed `batch["input_ids"]` at `positions` (1 or b, s); padding's position -1 counts as 0."""
+        x = self.tokens(batch["input_ids"])
+        if self.spec.scale != 1.0:
+            x = x * self.spec.scale
+        positions = positions.clamp(min=0)
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        elif self.spec.position == "sinusoidal":
+            x = x + sinusoids(positions, self.width).to(x.dtype)
+        if self.types is not None:
+            kinds = batch.get("token_type_ids")
+            x = x + (self.types.weight[0] if kinds is None else self.types(kinds))
+        return self.dropout(x if self.norm is None else self.norm(x))
+
+    def initialize(self, std: float, generator: torch.Generator) -> None:
+        for table in (self.tokens, self.positions, self.types):
+            if table is not None:
+                nn.init.normal_(table.weight, std=self.spec.std or std, generator=generator)
+        if self.norm is not None:
+            fill_norm(self.norm, 1.0)

@@ -1,0 +1,1 @@
+"""Job files, stages, runs and receipts."""

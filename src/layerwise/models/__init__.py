@@ -1,0 +1,1 @@
+"""Assembled models: embedding, stack, head; their presets, files and Hugging Face forms."""

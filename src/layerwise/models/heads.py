@@ -1,0 +1,85 @@
+"""What stands on top of a stack: vocabulary scores, classes, and the pooling under them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerwise.models.spec import HeadSpec
+from layerwise.nn.ffn import activation
+from layerwise.nn.norms import fill_norm, make_norm
+
+
+def pool(hidden: Tensor, how: str, mask: Tensor | None = None) -> Tensor:
+    """Reduce (b, s, width) over its real positions (mask (b, s), True: real), or (b, c, h, w) over space, to (b, width)."""
+    if hidden.dim() == 4:
+        return hidden.mean(dim=(2, 3))
+    if hidden.dim() == 2:
+        return hidden
+    if mask is None:
+        return {"mean": lambda: hidden.mean(dim=1), "first": lambda: hidden[:, 0], "last": lambda: hidden[:, -1]}[how]()
+    if how == "mean":
+        weight = mask.to(hidden.dtype)[..., None]
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+    order = torch.arange(hidden.shape[1], device=hidden.device).expand(mask.shape)
+    index = order.masked_fill(~mask, -1).argmax(dim=1) if how == "last" else mask.int().argmax(dim=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), index]
+
+
+class LMHead(nn.Module):
+    """Vocabulary scores for hidden vectors: (..., width) -> (..., vocab).
+
+    `features` and `scores` are separate so that an objective can score only the positions that have a label, in chunks.
+    When tied, the caller passes the token embedding's matrix and this module has none.
+    """
+
+    def __init__(self, spec: HeadSpec, width: int, vocab: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dense = nn.Linear(width, width) if spec.transform else None
+        self.norm = make_norm(spec.norm, width, spec.norm_eps) if spec.transform else None
+        self.weight = None if spec.tie else nn.Parameter(torch.empty(vocab, width))
+        self.bias = nn.Parameter(torch.empty(vocab)) if spec.bias else None
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the vocabulary matrix multiplies."""
+        if self.dense is None or self.norm is None or self.spec.transform is None:
+            return hidden
+        return self.norm(activation(self.spec.transform)(self.dense(hidden)))
+
+    def matrix(self, tied: Tensor) -> Tensor:
+        """The vocabulary matrix (vocab, width)."""
+        return tied if self.weight is None else self.weight
+
+    def forward(self, hidden: Tensor, tied: Tensor) -> Tensor:
+        return F.linear(self.features(hidden), self.matrix(tied), self.bias)
+
+    def initialize(self, std: float, generator: torch.Generator) -> None:
+        if self.dense is not None and self.norm is not None:
+            nn.init.normal_(self.dense.weight, std=std, generator=generator)
+            nn.init.zeros_(self.dense.bias)
+            fill_norm(self.norm, 1.0)
+        if self.weight is not None:
+            nn.init.normal_(self.weight, std=std, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class ClassifierHead(nn.Module):
+    """Class scores for the pooled input: (b, width) -> (b, classes)."""
+
+    def __init__(self, spec: HeadSpec, width: int) -> None:
+        super().__init__()
+        assert spec.classes, "the number of classes is filled in before a model is built"
+        self.spec = spec
+        self.dropout = nn.Dropout(spec.dropout)
+        self.out = nn.Linear(width, spec.classes, bias=spec.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.out(self.dropout(pooled))
+
+    def initialize(self, std: float, generator: torch.Generator) -> None:
+        nn.init.normal_(self.out.weight, std=std, generator=generator)
+        if self.out.bias is not None:
+            nn.init.zeros_(self.out.bias)

@@ -1,0 +1,184 @@
+"""A model: embedding -> stack -> [target embedding -> decoder stack] -> head."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from layerwise.embed.pixels import PixelEmbedding
+from layerwise.embed.spec import PixelSpec, TokenSpec
+from layerwise.embed.tokens import TokenEmbedding
+from layerwise.models.heads import ClassifierHead, LMHead, pool
+from layerwise.models.spec import ModelSpec
+from layerwise.nn.cache import Cache
+from layerwise.stack.context import PAD, Context
+from layerwise.stack.stack import Stack
+
+
+@dataclasses.dataclass
+class Output:
+    """What a forward pass made.
+
+    Attributes:
+        hidden: the (last) stack's output, (b, s, width) or (b, c, h, w).
+        hiddens: every layer's output, if `hiddens=True` was asked for.
+        memory: the encoder's output, in an encoder-decoder.
+    """
+
+    hidden: Tensor
+    model: Model
+    mask: Tensor | None = None
+    hiddens: tuple[Tensor, ...] | None = None
+    memory: Tensor | None = None
+
+    @property
+    def pooled(self) -> Tensor:
+        """(b, width): positions reduced as the head's `pool` says (their mean without a classifier)."""
+        spec = self.model.spec.head
+        return pool(self.hidden, spec.pool if spec else "mean", self.mask)
+
+    @property
+    def logits(self) -> Tensor:
+        """The head's scores, computed when asked for: (b, s, vocab) or (b, classes)."""
+        head = self.model.head
+        if head is None:
+            raise AttributeError("this model has no head, so it has no logits")
+        return head(self.hidden, self.model.token_matrix) if isinstance(head, LMHead) else head(self.pooled)
+
+
+class Model(nn.Module):
+    """An assembled network. Build one with `build(spec, seed)`, load one with `layerwise.load`."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.stack.width
+        self.embedding = _embedding(spec.embedding, width)
+        self.stack = Stack(spec.stack)
+        self.target = TokenEmbedding(spec.target, spec.decoder.width) if spec.target is not None and spec.decoder is not None else None
+        self.decoder = Stack(spec.decoder) if spec.decoder is not None else None
+        self.head: LMHead | ClassifierHead | None = None
+        if spec.head is not None:
+            out = spec.decoder.width if spec.decoder is not None else width
+            tokens = spec.target or spec.embedding
+            if spec.head.kind == "classifier":
+                self.head = ClassifierHead(spec.head, out)
+            else:
+                assert isinstance(tokens, TokenSpec) and tokens.vocab
+                self.head = LMHead(spec.head, out, tokens.vocab)
+
+    @property
+    def token_matrix(self) -> Tensor:
+        """The output side's token embedding, (vocab, width)."""
+        embedding = self.target if self.target is not None else self.embedding
+        return embedding.tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def forward(self, batch: Mapping[str, Any], *, hiddens: bool = False, cache: Cache | None = None, memory: Tensor | None = None, **context: Any) -> Output:
+        """Run the model.
+
+        Args:
+            batch: `input_ids` (b, s) with optional `attention_mask` (b, s, or b, past + s with a cache; 1 = real),
+                `position_ids`, `segment_ids` (document of each packed position) and `token_type_ids`; or `pixel_values`
+                (b, c, h, w). An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
+            hiddens: keep every layer's output in `Output.hiddens`.
+            cache: keys and values of earlier positions (of the decoder, in an encoder-decoder).
+            memory: the encoder's output, when it is known already.
+            context: further fields of `Context`: `path`, `around`, `recorder`, `condition`, ...
+
+        Returns:
+            Output. Its logits are computed only when read.
+        """
+        kept: list[Tensor] = []
+        if hiddens:
+
+            def keep(i: int, layer: nn.Module, x: Tensor, ctx: Context, call: Any) -> Tensor:
+                kept.append(call(x, ctx))
+                return kept[-1]
+
+            context["around"] = (*context.get("around", ()), keep)
+        if self.decoder is None:
+            hidden, mask = self._run(self.embedding, self.stack, batch, cache, context)
+            return Output(hidden, self, mask, tuple(kept) or None)
+        mask = _mask(batch.get("attention_mask"))
+        if memory is None:
+            memory, _ = self._run(self.embedding, self.stack, batch, None, {})
+        target = {"input_ids": batch["decoder_input_ids"], "attention_mask": batch.get("decoder_attention_mask")}
+        context |= {"memory": memory, "memory_mask": mask}
+        hidden, mask = self._run(self.target or self.embedding, self.decoder, target, cache, context)
+        return Output(hidden, self, mask, tuple(kept) or None, memory)
+
+    def _run(self, embedding: nn.Module, stack: Stack, batch: Mapping[str, Any], cache: Cache | None, context: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        if isinstance(embedding, PixelEmbedding):
+            return stack(embedding(batch), Context(**context)), None
+        ids = batch["input_ids"]
+        mask = _mask(batch.get("attention_mask"))
+        positions = token_positions(ids, mask, batch.get("position_ids"), cache)
+        ctx = Context(positions=positions, segments=batch.get("segment_ids"), cache=cache, **context)
+        if positions is None:
+            past = cache.length if cache is not None else 0
+            positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
+        return stack(embedding(batch, positions), ctx), None if mask is None else mask[:, -ids.shape[1] :]
+
+    def initialize(self, generator: torch.Generator) -> Model:
+        """Fresh weights, in place."""
+        std = getattr(self.spec.stack, "init_std", 0.02)
+        for part in (self.embedding, self.target, self.head):
+            if part is not None:
+                part.initialize(std, generator)
+        self.stack.initialize(generator)
+        if self.decoder is not None:
+            self.decoder.initialize(generator)
+        return self
+
+    def with_stack(self, stack: Stack) -> Model:
+        """This model around another stack; everything else is shared."""
+        new = copy.copy(self)
+        new._modules = {**self._modules, "stack": stack}
+        new.spec = dataclasses.replace(self.spec, stack=stack.spec)
+        return new
+
+    def with_head(self, head: nn.Module | None, spec: Any) -> Model:
+        """This model with another head; everything else is shared."""
+        new = copy.copy(self)
+        new._modules = {**self._modules, "head": head}
+        new.spec = dataclasses.replace(self.spec, head=spec)
+        return new
+
+
+def token_positions(ids: Int[Tensor, "b s"], mask: Tensor | None, given: Tensor | None, cache: Cache | None) -> Tensor | None:
+    """Position of every query, padding at `PAD`; None when they simply count on from the cache.
+
+    With a mask, real tokens are counted from the left, so padding on either side moves nothing.
+    """
+    if mask is None:
+        return given
+    counted = mask.long().cumsum(dim=1) - 1 if given is None else given
+    if counted.shape[1] != mask.shape[1]:
+        return counted.masked_fill(~mask[:, -counted.shape[1] :], PAD)
+    return counted.masked_fill(~mask, PAD)[:, -ids.shape[1] :]
+
+
+def build(spec: ModelSpec, seed: int = 0, device: str | torch.device = "cpu") -> Model:
+    """A new model with weights drawn from `seed`: laid out without memory first, filled once."""
+    with torch.device("meta"):
+        model = Model(spec)
+    model.to_empty(device=device)
+    return model.initialize(torch.Generator(device=device).manual_seed(seed))
+
+
+def _embedding(spec: TokenSpec | PixelSpec, width: int) -> nn.Module:
+    return PixelEmbedding(spec) if isinstance(spec, PixelSpec) else TokenEmbedding(spec, width)
+
+
+def _mask(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.bool()

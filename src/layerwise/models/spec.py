@@ -1,0 +1,104 @@
+"""What a model is: an embedding, a stack, perhaps a second embedding and stack that look at the first, a head."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Tag, TypeAdapter
+
+from layerwise.embed.spec import PixelSpec, TokenSpec
+from layerwise.errors import BadInput
+from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.stack.spec import FORBID, Activation, Norm, StackSpec
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """What stands on top of the stack.
+
+    Attributes:
+        kind: `lm` scores the vocabulary at every position; `classifier` scores `classes` for the pooled input.
+        tie: the lm head multiplies by the token embedding itself.
+        bias: a bias on the scores.
+        transform: BERT's dense + activation + norm before the scores (None: none).
+        classes: number of classes (None: the data's; filled in when the job runs).
+        pool: how a classifier reduces positions: their mean, the first or the last real one; spatial maps use the mean.
+        dropout: before the classifier.
+    """
+
+    kind: Literal["lm", "classifier"] = "lm"
+    tie: bool = False
+    bias: bool = False
+    transform: Activation | None = None
+    norm: Norm = "layernorm"
+    norm_eps: float = 1e-12
+    classes: int | None = None
+    pool: Literal["mean", "first", "last"] = "mean"
+    dropout: float = 0.0
+
+    __pydantic_config__ = FORBID
+
+
+def _embedding_kind(value: Any) -> str:
+    return (value.get("kind", "tokens") if isinstance(value, dict) else getattr(value, "kind", "tokens")) or "tokens"
+
+
+def _stack_kind(value: Any) -> str:
+    return "plain" if isinstance(value, PlainStackSpec) or (isinstance(value, dict) and isinstance(value.get("layers"), list)) else "layers"
+
+
+EmbeddingSpec = Annotated[Annotated[TokenSpec, Tag("tokens")] | Annotated[PixelSpec, Tag("pixels")], Discriminator(_embedding_kind)]
+AnyStackSpec = Annotated[Annotated[StackSpec, Tag("layers")] | Annotated[PlainStackSpec, Tag("plain")], Discriminator(_stack_kind)]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A whole model.
+
+    Attributes:
+        embedding, stack, head: input, layers, output. head None: the model only makes hidden states.
+        decoder: a second stack (with `cross` layers) over the target tokens, which makes this an encoder-decoder.
+        target: the decoder's embedding; None shares the encoder's.
+    """
+
+    embedding: EmbeddingSpec = field(default_factory=TokenSpec)
+    stack: AnyStackSpec = field(default_factory=StackSpec)
+    head: HeadSpec | None = field(default_factory=HeadSpec)
+    decoder: StackSpec | None = None
+    target: TokenSpec | None = None
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stack, PlainStackSpec) and isinstance(self.embedding, TokenSpec):
+            raise BadInput("a stack of convolutional or dense layers reads images: set embedding.kind to pixels")
+        if self.decoder is not None and not all(s.cross and s.causal for s in self.decoder.layers):
+            raise BadInput("every decoder layer needs cross: true and causal: true")
+        if self.decoder is None and isinstance(self.stack, StackSpec) and any(s.cross for s in self.stack.layers):
+            raise BadInput("cross: true needs something to look at: put these layers in `decoder` and an encoder in `stack`")
+
+    @property
+    def causal(self) -> bool:
+        """Whether the model can continue a text token by token."""
+        top = self.decoder or self.stack
+        return isinstance(top, StackSpec) and all(s.causal for s in top.layers)
+
+    def with_vocab(self, vocab: int) -> ModelSpec:
+        """This spec with the vocabulary sizes it leaves open filled in."""
+
+        def fill(e: Any) -> Any:
+            return dataclasses.replace(e, vocab=vocab) if isinstance(e, TokenSpec) and e.vocab is None else e
+
+        return dataclasses.replace(self, embedding=fill(self.embedding), target=fill(self.target))
+
+
+def model_spec(data: dict[str, Any]) -> ModelSpec:
+    """A `ModelSpec` from plain data (a job file, `model.json`). Raises pydantic's ValidationError."""
+    return TypeAdapter(ModelSpec).validate_python(data)
+
+
+def spec_data(spec: ModelSpec) -> dict[str, Any]:
+    """The plain data that `model_spec` reads back."""
+    return dataclasses.asdict(spec)

@@ -1,0 +1,95 @@
+"""Multi-head and grouped-query attention over the residual stream or a memory, on PyTorch's fused kernel."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerwise.nn.linear import make_linear
+from layerwise.nn.positions import rotate
+from layerwise.stack.spec import LayerSpec
+
+if TYPE_CHECKING:
+    from layerwise.nn.cache import Slot
+    from layerwise.stack.context import Context
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(d) + bias) V, with as many key/value heads as `spec.kv_heads`.
+
+    Args:
+        spec: a resolved layer spec.
+        cross: keys and values come from `Context.memory` instead of the stream.
+    """
+
+    reads = ("q", "k", "v")
+    writes = ("o",)
+
+    def __init__(self, spec: LayerSpec, cross: bool = False) -> None:
+        super().__init__()
+        width, size, kv = spec.width, spec.head_dim, spec.kv_heads
+        assert width and size and kv
+        self.spec, self.cross, self.size = spec, cross, size
+        role = "cross." if cross else ""
+        self.q = make_linear(role + "q", width, spec.heads * size, spec.qkv_bias, spec)
+        self.k = make_linear(role + "k", width, kv * size, spec.qkv_bias, spec)
+        self.v = make_linear(role + "v", width, kv * size, spec.qkv_bias, spec)
+        self.o = make_linear(role + "o", spec.heads * size, width, spec.out_bias, spec)
+        self.q_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
+        self.k_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
+
+    def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
+        q = self._heads(self.q(x), self.q_norm)
+        if self.cross:
+            k, v = self._memory(ctx, slot)
+            bias, causal = ctx.memory_bias(), False
+        else:
+            k, v = self._heads(self.k(x), self.k_norm), self._heads(self.v(x))
+            if self.spec.position == "rotary":
+                cos, sin = ctx.rotary(self.size, self.spec.rope_theta, q.dtype)
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            keys = None
+            if ctx.cache is not None:
+                k, v, keys = ctx.cache.append(slot, k, v, ctx.positions)
+            bias, causal = ctx.bias(self.spec, q, keys)
+        if ctx.recorder is not None and not self.cross and ctx.recorder.wants_attention(slot[0]):
+            out = self._recorded(q, k, v, bias, causal, ctx, slot)
+        else:
+            dropout = self.spec.attention_dropout if self.training else 0.0
+            grouped = k.shape[1] != q.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout, enable_gqa=grouped)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Float[Tensor, "b s hd"], norm: nn.Module | None = None) -> Float[Tensor, "b h s d"]:
+        x = x.unflatten(-1, (-1, self.size))
+        return (x if norm is None else norm(x)).transpose(1, 2)
+
+    def _memory(self, ctx: Context, slot: Slot) -> tuple[Tensor, Tensor]:
+        """Keys and values of the memory, made once and kept in the cache if there is one."""
+        pair = ctx.cache.recall(slot) if ctx.cache is not None else None
+        if pair is None:
+            if ctx.memory is None:
+                raise ValueError("a cross-attention layer needs ctx.memory, the encoder's output")
+            pair = self._heads(self.k(ctx.memory), self.k_norm), self._heads(self.v(ctx.memory))
+            if ctx.cache is not None:
+                ctx.cache.remember(slot, *pair)
+        return pair
+
+    def _recorded(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, ctx: Context, slot: Slot) -> Tensor:
+        """The same attention with its probabilities (b, h, s, keys) left in the recorder."""
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = q @ k.transpose(-1, -2) * self.size**-0.5
+        if causal:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, float("-inf"))
+        elif bias is not None:
+            scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
+        probabilities = scores.softmax(dim=-1)
+        assert ctx.recorder is not None
+        ctx.recorder.attention[slot[0]] = probabilities.detach()
+        return F.dropout(probabilities, self.spec.attention_dropout, self.training) @ v

@@ -1,0 +1,103 @@
+"""Keys and values of earlier positions, for decoding a few positions at a time."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Slot = tuple[int, int]
+"""`(layer index, how often that layer ran before in this pass)`: one place on the path that is run."""
+
+
+class Cache:
+    """Growing key/value buffers, one pair a slot.
+
+    A layer that a path repeats has a slot for each visit, and a pass over fewer layers shares the slots it does run.
+    A slot may hold fewer entries than another (a layer that was skipped for some positions); every entry remembers its
+    position and when it was written, so masks and `crop` stay right.
+
+    Buffers double when they are full, so appending costs amortized constant time. Keys and values are (b, h, length, d).
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._buffers: dict[Slot, tuple[Tensor, Tensor]] = {}
+        self._positions: dict[Slot, Tensor] = {}
+        self._times: dict[Slot, list[int]] = {}
+        self._memory: dict[Slot, tuple[Tensor, Tensor]] = {}
+        self._joined: tuple[Tensor | None, Tensor, Tensor] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all buffers, spare room included."""
+        pairs = [*self._buffers.values(), *self._memory.values()]
+        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+
+    def held(self, slot: Slot) -> int:
+        """Number of positions held in `slot`."""
+        return len(self._times.get(slot, ()))
+
+    def advance(self, steps: int) -> None:
+        """Announce that a pass over `steps` new positions begins."""
+        self.length += steps
+
+    def append(self, slot: Slot, key: Float[Tensor, "b h s d"], value: Float[Tensor, "b h s d"], positions: Int[Tensor, "b s"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Store new keys and values behind the old ones; return all keys, values and positions of the slot."""
+        times = self._times.setdefault(slot, [])
+        old, new = len(times), len(times) + key.shape[2]
+        pair = self._buffers.get(slot)
+        if pair is None or pair[0].shape[2] < new:
+            room = max(new, 64) if pair is None else max(new, 2 * pair[0].shape[2])
+            grown = (key.new_empty(*key.shape[:2], room, key.shape[3]), value.new_empty(*value.shape[:2], room, value.shape[3]))
+            if pair is not None:
+                for source, target in zip(pair, grown, strict=True):
+                    target[:, :, :old] = source[:, :, :old]
+            pair = self._buffers[slot] = grown
+        pair[0][:, :, old:new] = key
+        pair[1][:, :, old:new] = value
+        times.extend(range(self.length - key.shape[2], self.length))
+        self._positions[slot] = self._join(self._positions.get(slot), positions)
+        return pair[0][:, :, :new], pair[1][:, :, :new], self._positions[slot]
+
+    def _join(self, old: Tensor | None, new: Tensor) -> Tensor:
+        """`old` and `new` concatenated; slots in step share one result, so masks made from it are made once a pass."""
+        if self._joined is not None and self._joined[0] is old and self._joined[1] is new:
+            return self._joined[2]
+        if old is None:
+            result = new
+        else:
+            rows = max(old.shape[0], new.shape[0])
+            result = torch.cat([old.expand(rows, -1), new.expand(rows, -1)], dim=1)
+        self._joined = (old, new, result)
+        return result
+
+    def remember(self, slot: Slot, key: Tensor, value: Tensor) -> None:
+        """Keep the keys and values a cross-attention made from its memory."""
+        self._memory[slot] = (key, value)
+
+    def recall(self, slot: Slot) -> tuple[Tensor, Tensor] | None:
+        """What `remember` kept, or None."""
+        return self._memory.get(slot)
+
+    def crop(self, length: int) -> None:
+        """Forget everything written at or after position `length` of the pass (rejected drafts)."""
+        self.length = min(self.length, length)
+        short: dict[int, Tensor] = {}
+        for slot, times in self._times.items():
+            del times[bisect_left(times, length) :]
+            old = self._positions[slot]
+            self._positions[slot] = short.setdefault(id(old), old[:, : len(times)])
+        self._joined = None
+
+    def reorder(self, rows: Int[Tensor, " b"]) -> None:
+        """Keep the batch rows `rows`, in that order (beams, finished sequences)."""
+        for store in (self._buffers, self._memory):
+            store.update({s: (k.index_select(0, rows), v.index_select(0, rows)) for s, (k, v) in store.items()})
+        same: dict[int, Tensor] = {}
+        for slot, positions in self._positions.items():
+            if positions.shape[0] > 1:
+                self._positions[slot] = same.setdefault(id(positions), positions.index_select(0, rows))
+        self._joined = None

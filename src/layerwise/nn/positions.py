@@ -1,0 +1,77 @@
+"""How attention knows where things are: rotary angles, ALiBi slopes, T5's relative buckets, sinusoids."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def rotary_angles(positions: Int[Tensor, "*b s"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, each (*b, s, head_dim), float32.
+
+    Frequencies theta^(-2i/d); the two halves of a head are rotated against each other, as in Llama checkpoints.
+    Source: Su et al. 2021, "RoFormer", section 3.4.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Float[Tensor, "b h s d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h s d"]:
+    """`x` turned by the rotary angles; cos and sin broadcast over heads."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-high, low], dim=-1) * sin
+
+
+def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
+    """ALiBi's slope for every head: 2^(-8i/n), and for n not a power of two the published interleaving.
+
+    Source: Press et al. 2022, "Train Short, Test Long", section 3 and its footnote.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(heads - power)]
+    return torch.tensor(slopes)
+
+
+def relative_bucket(distance: Int[Tensor, "..."], bidirectional: bool, buckets: int, max_distance: int) -> Int[Tensor, "..."]:
+    """T5's bucket for `distance` = key position - query position: exact when near, logarithmic when far.
+
+    Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.
+    """
+    offset = torch.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = (distance > 0).long() * buckets
+        distance = distance.abs()
+    else:
+        distance = (-distance).clamp(min=0)
+    exact = buckets // 2
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact) * (buckets - exact)
+    far = (exact + far.long()).clamp(max=buckets - 1)
+    return offset + torch.where(distance < exact, distance, far)
+
+
+class RelativeBias(nn.Module):
+    """T5's learned bias on attention scores, one number a head and bucket, shared by all layers of a stack."""
+
+    def __init__(self, heads: int, bidirectional: bool, buckets: int, max_distance: int) -> None:
+        super().__init__()
+        self.bidirectional, self.buckets, self.max_distance = bidirectional, buckets, max_distance
+        self.weight = nn.Parameter(torch.empty(buckets, heads))
+
+    def forward(self, distance: Int[Tensor, "b q k"]) -> Float[Tensor, "b h q k"]:
+        bucket = relative_bucket(distance, self.bidirectional, self.buckets, self.max_distance)
+        return self.weight[bucket].permute(0, 3, 1, 2)
+
+
+def sinusoids(positions: Int[Tensor, "*b s"], width: int) -> Float[Tensor, "*b s width"]:
+    """Fixed sine/cosine position vectors, sines in the first half. Source: Vaswani et al. 2017, section 3.5."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+    angles = positions[..., None].float() * frequency
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -1,0 +1,63 @@
+"""One residual branch of a layer, and where its norms stand.
+
+| placement  | y =                    |
+|------------|------------------------|
+| `pre`, `lns` | x + F(N(x))          |
+| `post`     | N(x + F(x))            |
+| `deepnorm` | N(alpha x + F(x))      |
+| `sandwich` | x + N_out(F(N(x)))     |
+
+`lns` (LayerNorm scaling) is `pre` whose gains start at 1/sqrt(layer index + 1). Sources: Vaswani et al. 2017 (post);
+Xiong et al. 2020 (pre); Wang et al. 2022, "DeepNet" (deepnorm); Ding et al. 2021, "CogView" (sandwich);
+Sun et al. 2025, "The Curse of Depth" (lns).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layerwise.nn.norms import fill_norm, make_norm
+from layerwise.stack.spec import LayerSpec
+
+
+class Residual(nn.Module):
+    """A branch (attention, feed-forward, ...) with its norms and its way back into the residual stream.
+
+    Attributes:
+        branch: the module F; it lists the names of its linears that read the stream (`reads`) and write it (`writes`).
+    """
+
+    def __init__(self, branch: nn.Module, spec: LayerSpec) -> None:
+        super().__init__()
+        assert spec.width and spec.residual_scale and spec.norm_gain
+        self.placement, self.alpha, self.gain = spec.placement, spec.residual_scale, spec.norm_gain
+        self.branch = branch
+        self.norm = make_norm(spec.norm, spec.width, spec.norm_eps, spec.norm_bias)
+        self.norm_out = make_norm(spec.norm, spec.width, spec.norm_eps, spec.norm_bias) if spec.placement == "sandwich" else None
+        self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "*b width"], *args: Any) -> Float[Tensor, "*b width"]:
+        if self.placement in ("post", "deepnorm"):
+            stream = x if self.alpha == 1.0 else self.alpha * x
+            return self.norm(stream + self.dropout(self.branch(x, *args)))
+        out = self.branch(self.norm(x), *args)
+        return x + self.dropout(out if self.norm_out is None else self.norm_out(out))
+
+    def initialize(self, std: float, write_std: float, depth: int, generator: torch.Generator) -> None:
+        """Norms to their gain; linears normal, or Xavier with DeepNorm's gain (8 depth)^(-1/4) on value, output and feed-forward."""
+        for norm in (self.norm, self.norm_out):
+            if norm is not None:
+                fill_norm(norm, self.gain)
+        for name, linear in self.branch.named_children():
+            if name in self.branch.writes or name in self.branch.reads:
+                scale = write_std if name in self.branch.writes else std
+                if self.placement == "deepnorm":
+                    gain = 1.0 if name in ("q", "k") else (8 * depth) ** -0.25
+                    scale = gain * (2 / sum(linear.weight.shape)) ** 0.5
+                linear.initialize(scale, generator)
+            elif isinstance(linear, nn.RMSNorm):
+                fill_norm(linear, 1.0)

@@ -1,0 +1,1 @@
+"""The stack: layers, what runs them, what wraps and what watches them."""

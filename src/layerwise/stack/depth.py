@@ -1,0 +1,95 @@
+"""Where the layers of any network are, and how deep every parameter of it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class View:
+    """A network seen as a stack of layers.
+
+    Attributes:
+        module: the network.
+        names: dotted name of each layer, bottom first.
+        layers: the layer modules.
+    """
+
+    module: nn.Module
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def depth_of(self) -> dict[str, int]:
+        """Parameter name -> depth: -1 before the first layer, i inside layer i, `depth` after the last."""
+        depths: dict[str, int] = {}
+        reached = -1
+        for name, _ in self.module.named_parameters(remove_duplicate=False):
+            inside = next((i for i, layer in enumerate(self.names) if name.startswith(layer + ".")), None)
+            if inside is None:
+                depths[name] = -1 if reached < 0 else self.depth
+            else:
+                depths[name] = reached = inside
+        # What is registered between two layers (an encoder's last norm before a decoder) lies with the layer below it.
+        ordered = list(depths)
+        last = max((i for i, n in enumerate(ordered) if 0 <= depths[n] < self.depth), default=-1)
+        below = -1
+        for i, name in enumerate(ordered[: last + 1]):
+            if depths[name] == self.depth:
+                depths[name] = below
+            below = depths[ordered[i]]
+        return depths
+
+
+def view(module: nn.Module) -> View:
+    """Find the layers of a network: the repeated blocks where there are some, else its modules that own weights, in order.
+
+    Repeated blocks are the children of a list of like modules (`nn.ModuleList`, `nn.Sequential`). A list of stages that
+    hold such lists themselves (ResNet, Swin) is opened; a list inside a block (experts, heads) is not.
+    """
+    names = _blocks(module, "")
+    if len(names) < 2:
+        names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
+    modules = dict(module.named_modules())
+    return View(module, tuple(names), tuple(modules[n] for n in names))
+
+
+def depth_of(module: nn.Module) -> dict[str, int]:
+    """Parameter name -> layer index for any network: -1 before the layers (embedding), their number after them (head)."""
+    return view(module).depth_of()
+
+
+def _blocks(module: nn.Module, prefix: str) -> list[str]:
+    """Dotted names of the repeated blocks below `module`, in registration order."""
+    found: list[str] = []
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, LISTS) and _repeats(child):
+            for key, block in child.named_children():
+                inner = _blocks(block, f"{path}.{key}.") if _is_stage(block) else []
+                found += inner if len(inner) >= 1 else [f"{path}.{key}"]
+        else:
+            found += _blocks(child, f"{path}.")
+    return found
+
+
+def _repeats(children: nn.Module) -> bool:
+    """Whether a list holds several modules of one kind that own weights and are more than single operations."""
+    kinds = [type(c) for c in children.children() if any(True for _ in c.parameters())]
+    compound = [k for c, k in zip(children.children(), kinds, strict=False) if any(True for _ in c.children())]
+    return bool(compound) and len(set(kinds)) == 1 and len(kinds) == len(list(children.children()))
+
+
+def _is_stage(block: nn.Module) -> bool:
+    """A stage groups blocks: it is a list itself, or is called a stage, or a list of blocks holds most of its weights."""
+    if isinstance(block, LISTS) or "Stage" in type(block).__name__:
+        return True
+    named = {n: c for n, c in block.named_children() if isinstance(c, LISTS) and n in ("blocks", "layers", "layer")}
+    return bool(named)

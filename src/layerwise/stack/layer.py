@@ -1,0 +1,54 @@
+"""A layer of the stack, made from its spec."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layerwise.nn.attention import Attention
+from layerwise.nn.ffn import FeedForward
+from layerwise.nn.residual import Residual
+from layerwise.stack.spec import LayerSpec
+from layerwise.table import lookup
+
+if TYPE_CHECKING:
+    from layerwise.nn.cache import Slot
+    from layerwise.stack.context import Context
+
+MIXERS = {"attention": "layerwise.nn.attention:Attention"}
+LAYERS = {"LayerSpec": "layerwise.stack.layer:Layer", "PlainLayerSpec": "layerwise.models.plain:PlainLayer"}
+
+
+class Layer(nn.Module):
+    """A transformer layer: mixer, optional cross-attention, feed-forward, each a `Residual` branch.
+
+    Args:
+        spec: resolved (see `LayerSpec.resolve`).
+    """
+
+    def __init__(self, spec: LayerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mixer = Residual(lookup(MIXERS, spec.mixer, "mixer")(spec), spec)
+        self.cross = Residual(Attention(spec, cross=True), spec) if spec.cross else None
+        self.ffn = Residual(FeedForward(spec), spec)
+
+    def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
+        x = self.mixer(x, ctx, slot)
+        if self.cross is not None:
+            x = self.cross(x, ctx, slot)
+        return self.ffn(x)
+
+    def initialize(self, std: float, write_std: float, depth: int, generator: torch.Generator) -> None:
+        """Fresh weights; `write_std` is for the matrices that write into the residual stream."""
+        for branch in (self.mixer, self.cross, self.ffn):
+            if branch is not None:
+                branch.initialize(std, write_std, depth, generator)
+
+
+def make_layer(spec: Any) -> nn.Module:
+    """The layer module that a spec of any kind describes."""
+    return lookup(LAYERS, type(spec).__name__, "layer")(spec)

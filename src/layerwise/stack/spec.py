@@ -1,0 +1,245 @@
+"""What a layer can be, and how a stack of them is described: plain data, no tensors.
+
+`StackSpec(depth, width, layer, overrides)` is one layer description plus overrides keyed by index or slice, so a
+method that treats depths differently (Mix-LN, Zebra's striped windows, per-layer widths after pruning) is a
+configuration and not a class. `StackSpec.layers` resolves it to one complete `LayerSpec` a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from layerwise.errors import BadInput
+from layerwise.table import nearest
+
+Placement = Literal["pre", "post", "sandwich", "deepnorm", "lns"]
+Norm = Literal["rmsnorm", "layernorm"]
+Position = Literal["none", "rotary", "alibi", "relative"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
+
+FORBID = {"extra": "forbid"}
+_SLICE = re.compile(r"^-?\d*(:-?\d*){0,2}$")
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """How one weight matrix of a layer is stored and trained.
+
+    Attributes:
+        kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`, or `lora` (dense and frozen, plus a trained low-rank term).
+        rank: rank of the low-rank term, for the kinds that have one.
+        alpha: the low-rank term is scaled by `alpha / rank`; None means `alpha = rank`.
+        dropout: dropout on the input of the low-rank term.
+    """
+
+    kind: str = "dense"
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float = 0.0
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if self.kind == "lora" and (self.rank is None or self.rank < 1):
+            raise BadInput(f"a lora linear needs rank >= 1; rank is {self.rank}")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Everything a transformer layer can be. None means: filled in from the stack when it is resolved.
+
+    Attributes:
+        width: size of the residual stream.
+        mixer: what moves information between positions; an entry of `layerwise.stack.layer.MIXERS`.
+        heads: query heads. kv_heads: key/value heads (None: as many; fewer: grouped-query). head_dim: size of a head.
+        causal: a position sees itself and earlier ones only.
+        window: a position sees keys less than `window` positions away (None: all).
+        cross: a cross-attention sub-layer over `Context.memory` stands between mixer and feed-forward.
+        position: how attention knows positions: rotary, ALiBi, T5's relative buckets, or not at all.
+        rope_theta: base of the rotary frequencies.
+        qkv_bias, out_bias, ffn_bias: biases of the linears. qk_norm: RMSNorm of every query and key head.
+        ffn: activation of the feed-forward; `swiglu` and `geglu` are gated. ffn_width: its inner size (None: 4x width,
+            or 8/3 of it rounded up to a multiple of 8 for the gated ones, which keeps the parameter count).
+        norm, norm_eps, norm_bias: the normalization; its bias exists for LayerNorm only.
+        placement: where the norms stand around each sub-layer, see `layerwise.nn.residual`.
+        residual_scale: DeepNorm's alpha (None: (2 depth)^(1/4) for deepnorm, otherwise 1).
+        norm_gain: initial gain of the norms (None: 1/sqrt(index + 1) for lns, otherwise 1).
+        dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
+        drop: probability that a sample skips this layer in training (stochastic depth).
+        linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense.
+    """
+
+    width: int | None = None
+    mixer: str = "attention"
+    heads: int = 4
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    causal: bool = False
+    window: int | None = None
+    cross: bool = False
+    position: Position = "none"
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    ffn: Activation = "gelu"
+    ffn_width: int | None = None
+    ffn_bias: bool = False
+    norm: Norm = "rmsnorm"
+    norm_eps: float = 1e-6
+    norm_bias: bool = True
+    placement: Placement = "pre"
+    residual_scale: float | None = None
+    norm_gain: float | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop: float = 0.0
+    linears: dict[str, LinearSpec] = field(default_factory=dict)
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        for name in ("width", "heads", "kv_heads", "head_dim", "ffn_width", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1; it is {value}")
+        for name in ("dropout", "attention_dropout", "drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise BadInput(f"{name} is a probability in [0, 1); it is {getattr(self, name)}")
+        kv = self.kv_heads or self.heads
+        if self.heads % kv:
+            raise BadInput(f"heads ({self.heads}) must be a multiple of kv_heads ({kv})")
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward multiplies its activation by a second projection."""
+        return self.ffn in ("swiglu", "geglu")
+
+    def resolve(self, index: int, depth: int, width: int) -> LayerSpec:
+        """This spec with every None that has a rule filled in, as layer `index` of `depth`."""
+        width = self.width or width
+        if self.head_dim is None and width % self.heads:
+            divisors = [h for h in range(1, min(width, 4 * self.heads) + 1) if width % h == 0]
+            best = min(divisors, key=lambda h: abs(h - self.heads))
+            raise BadInput(f"heads ({self.heads}) does not divide width ({width}) in layer {index}: use heads={best}, or set head_dim")
+        head_dim = self.head_dim or width // self.heads
+        if self.position == "rotary" and head_dim % 2:
+            raise BadInput(f"rotary positions need an even head size; width {width} / heads {self.heads} gives {head_dim}")
+        ffn_width = self.ffn_width or (-(-8 * width // 24) * 8 if self.gated else 4 * width)
+        scale = self.residual_scale or ((2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0)
+        gain = self.norm_gain or ((index + 1) ** -0.5 if self.placement == "lns" else 1.0)
+        return dataclasses.replace(
+            self, width=width, kv_heads=self.kv_heads or self.heads, head_dim=head_dim, ffn_width=ffn_width, residual_scale=scale, norm_gain=gain
+        )
+
+
+def indices(key: str | int, depth: int) -> range:
+    """The layers that an override's key names: an index (`3`, `-1`) or a slice (`0:3`, `::4`).
+
+    Raises:
+        BadInput: the key is neither, or names no layer of a stack this deep.
+    """
+    text = str(key).strip()
+    if not text or text == "-" or not _SLICE.match(text):
+        raise BadInput(f"layer key '{key}' is neither an index nor a slice: write 3, -1, '0:3' or '::4'")
+    if ":" not in text:
+        index = int(text)
+        if not -depth <= index < depth:
+            raise BadInput(f"layer {index} is out of range: the stack has layers 0 to {depth - 1}")
+        return range(index % depth, index % depth + 1)
+    parts = [int(p) if p not in ("", "-") else None for p in text.split(":")]
+    for bound in parts[:2]:
+        if bound is not None and not -depth <= bound <= depth:
+            raise BadInput(f"slice '{text}' is out of range: the stack has layers 0 to {depth - 1}")
+    if len(parts) == 3 and parts[2] == 0:
+        raise BadInput(f"slice '{text}' has step 0")
+    chosen = range(depth)[slice(*parts)]
+    if not chosen:
+        raise BadInput(f"slice '{text}' names no layer of a stack with layers 0 to {depth - 1}")
+    return chosen
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """A stack of `depth` layers, all like `layer` except where `overrides` says otherwise.
+
+    Attributes:
+        depth: number of layers (0 is allowed: what is left after all layers were dropped).
+        width: size of the residual stream.
+        layer: what a layer is.
+        overrides: index or slice -> fields of `LayerSpec` that differ there; later keys win.
+        final_norm: a last norm (of the last layer's kind) on the stack's output.
+        init_std: standard deviation of the initial weights.
+        scaled_init: initial weights that write into the residual stream are divided by sqrt(2 depth).
+        buckets, max_distance: of T5's relative position bias, shared by all layers with `position: relative`.
+    """
+
+    depth: int = 4
+    width: int = 128
+    layer: LayerSpec = field(default_factory=LayerSpec)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    final_norm: bool = True
+    init_std: float = 0.02
+    scaled_init: bool = False
+    buckets: int = 32
+    max_distance: int = 128
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if self.depth < 0 or self.width < 1:
+            raise BadInput(f"a stack needs depth >= 0 and width >= 1; got depth {self.depth}, width {self.width}")
+        known = [f.name for f in dataclasses.fields(LayerSpec)]
+        for key, changes in self.overrides.items():
+            for name in changes:
+                if name not in known:
+                    raise BadInput(f"overrides '{key}': a layer has no field '{name}'.{nearest(name, known)}")
+        self.layers  # noqa: B018  resolving checks every layer, so a spec that exists can be built
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """One complete spec per layer, bottom first."""
+        changes: list[dict[str, Any]] = [{} for _ in range(self.depth)]
+        for key, change in self.overrides.items():
+            for i in indices(key, self.depth):
+                changes[i].update(change)
+        return tuple(_replace(self.layer, c).resolve(i, self.depth, self.width) for i, c in enumerate(changes))
+
+    def with_layers(self, layers: Sequence[LayerSpec]) -> StackSpec:
+        """The spec whose `layers` are exactly `layers`: the most common value of each field is the default, the rest overrides."""
+        if not layers:
+            return dataclasses.replace(self, depth=0, overrides={})
+        plain = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s)} for s in layers]
+        common = {name: plain[_most_common([p[name] for p in plain])][name] for name in plain[0]}
+        overrides = {str(i): {k: v for k, v in p.items() if v != common[k]} for i, p in enumerate(plain)}
+        return dataclasses.replace(self, depth=len(layers), layer=LayerSpec(**common), overrides={k: v for k, v in overrides.items() if v})
+
+
+@functools.cache
+def _layer_schema() -> TypeAdapter[LayerSpec]:
+    return TypeAdapter(LayerSpec)
+
+
+def _replace(layer: LayerSpec, change: dict[str, Any]) -> LayerSpec:
+    """`layer` with `change` applied and type-checked (values may be plain YAML)."""
+    if not change:
+        return layer
+    try:
+        return _layer_schema().validate_python({**dataclasses.asdict(layer), **change})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"override of {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+
+
+def _most_common(values: list[Any]) -> int:
+    """Index of the first occurrence of the most frequent value (values need not be hashable)."""
+    firsts = [values.index(v) for v in values]
+    return Counter(firsts).most_common(1)[0][0]

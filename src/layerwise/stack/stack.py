@@ -1,0 +1,101 @@
+"""The stack: a list of layers, the path through them, and what wraps each call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from layerwise.errors import BadInput
+from layerwise.nn.norms import fill_norm, make_norm
+from layerwise.nn.positions import RelativeBias
+from layerwise.stack.around import StochasticDepth
+from layerwise.stack.context import Around, Call, Context
+from layerwise.stack.layer import make_layer
+from layerwise.stack.spec import StackSpec
+
+
+class Stack(nn.Module):
+    """Layers run in order, or along `ctx.path`, each call wrapped by `ctx.around`.
+
+    Args:
+        spec: a `StackSpec`, or any spec that has `layers`, `with_layers(...)` and `depth`.
+        layers: ready layers that agree with `spec.layers`; None makes new ones.
+    """
+
+    def __init__(self, spec: StackSpec | Any, layers: Sequence[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layers = nn.ModuleList([make_layer(s) for s in spec.layers] if layers is None else layers)
+        self.norm: nn.Module | None = None
+        self.relative: RelativeBias | None = None
+        if isinstance(spec, StackSpec):
+            if spec.final_norm:
+                last = spec.layers[-1] if spec.depth else spec.layer
+                self.norm = make_norm(last.norm, spec.width, last.norm_eps, last.norm_bias)
+            biased = [s for s in spec.layers if s.position == "relative"]
+            if biased:
+                self.relative = RelativeBias(biased[0].heads, not biased[0].causal, spec.buckets, spec.max_distance)
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    def forward(self, x: Float[Tensor, "b s width"], ctx: Context | None = None) -> Float[Tensor, "b s width"]:
+        """Run the path. A context serves one call; the cache in it serves many."""
+        ctx = Context() if ctx is None else ctx
+        ctx.begin(x, self.relative)
+        around = ctx.around
+        if self.training and any(getattr(layer.spec, "drop", 0) for layer in self.layers):
+            around = (*around, StochasticDepth())
+        visits: dict[int, int] = {}
+        for i in range(self.depth) if ctx.path is None else self._checked(ctx.path):
+            slot = (i, visits.get(i, 0))
+            visits[i] = slot[1] + 1
+            layer = self.layers[i]
+            if around:
+                x = _wrapped(i, layer, partial(layer, slot=slot), around)(x, ctx)
+            else:
+                x = layer(x, ctx, slot)
+        return x if self.norm is None else self.norm(x)
+
+    def _checked(self, path: Sequence[int]) -> Sequence[int]:
+        bad = [i for i in path if not 0 <= i < self.depth]
+        if bad:
+            raise BadInput(f"path {list(path)} names layer {bad[0]}; the stack has layers 0 to {self.depth - 1}")
+        return path
+
+    def initialize(self, generator: torch.Generator) -> None:
+        """Fresh weights, in place, drawn from `generator`."""
+        std = getattr(self.spec, "init_std", 0.02)
+        write = std * (2 * max(self.depth, 1)) ** -0.5 if getattr(self.spec, "scaled_init", False) else std
+        for layer in self.layers:
+            layer.initialize(std, write, self.depth, generator)
+        if self.norm is not None:
+            fill_norm(self.norm, 1.0)
+        if self.relative is not None:
+            nn.init.normal_(self.relative.weight, std=std, generator=generator)
+
+    def with_layers(self, layers: Sequence[nn.Module]) -> Stack:
+        """A stack of exactly these layers (shared, not copied) with this stack's final norm and position bias."""
+        spec = self.spec.with_layers([layer.spec for layer in layers])
+        with torch.device("meta"):
+            new = Stack(spec, layers)
+        new.norm, new.relative = self.norm, self.relative
+        return new.train(self.training)
+
+
+def _wrapped(i: int, layer: nn.Module, call: Call, around: Sequence[Around]) -> Call:
+    for wrap in reversed(around):
+        call = partial(_call, wrap, i, layer, call)
+    return call
+
+
+def _call(wrap: Around, i: int, layer: nn.Module, call: Call, x: Tensor, ctx: Context) -> Tensor:
+    return wrap(i, layer, x, ctx, call)
+
+

@@ -1,0 +1,1 @@
+"""The training loop, its policies and its checkpoints."""
