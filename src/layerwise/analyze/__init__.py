@@ -1,1 +1,23 @@
 """Looking at models: plain functions (model, data) -> findings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerwise.table import lookup
+
+ANALYSES = {
+    "inspect": "layerwise.analyze.overview:inspect",
+    "angular-distance": "layerwise.analyze.similarity:angular_distance",
+    "layer-drop": "layerwise.analyze.sensitivity:layer_drop",
+    "block-sweep": "layerwise.analyze.sensitivity:block_sweep",
+    "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
+    "attention-entropy": "layerwise.analyze.attention:attention_entropy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """`layerwise.analyze.some_name` is the function listed as `some-name`."""
+    if name.startswith("_") or name.replace("_", "-") not in ANALYSES:
+        raise AttributeError(f"module 'layerwise.analyze' has no attribute '{name}'")
+    return lookup(ANALYSES, name.replace("_", "-"), "analyze")

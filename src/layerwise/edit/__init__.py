@@ -1,1 +1,31 @@
-"""Model to model, once."""
+"""Model to model, once: plain functions with typed keyword arguments, with calibration data or without.
+
+An edit returns a new `Model` that shares what it did not change; the one it was given stays as it was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerwise.table import lookup
+
+EDITS = {
+    "drop-layers": "layerwise.edit.drop:drop_layers",
+    "lora": "layerwise.edit.adapt:lora",
+    "merge-lora": "layerwise.edit.adapt:merge_lora",
+}
+
+PREVIEWS = {
+    "drop-layers": "layerwise.edit.drop:preview_drop",
+    "lora": "layerwise.edit.adapt:preview_lora",
+    "merge-lora": "layerwise.edit.adapt:preview_merge",
+}
+"""What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,
+so that a job that cannot work is refused before its first stage trains."""
+
+
+def __getattr__(name: str) -> Any:
+    """`layerwise.edit.some_name` is the function listed as `some-name`."""
+    if name.startswith("_") or name.replace("_", "-") not in EDITS:
+        raise AttributeError(f"module 'layerwise.edit' has no attribute '{name}'")
+    return lookup(EDITS, name.replace("_", "-"), "edit")

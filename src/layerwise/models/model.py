@@ -72,6 +72,9 @@ class Model(nn.Module):
             else:
                 assert isinstance(tokens, TokenSpec) and tokens.vocab
                 self.head = LMHead(spec.head, out, tokens.vocab)
+        if spec.adapters_only:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(".lora_" in name)
 
     @property
     def token_matrix(self) -> Tensor:
@@ -80,10 +83,17 @@ class Model(nn.Module):
         return embedding.tokens.weight
 
     @property
+    def causal(self) -> bool:
+        """Whether the model can continue a text token by token."""
+        return self.spec.causal
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def forward(self, batch: Mapping[str, Any], *, hiddens: bool = False, cache: Cache | None = None, memory: Tensor | None = None, **context: Any) -> Output:
+    def forward(
+        self, batch: Mapping[str, Any], *, hiddens: bool = False, cache: Cache | None = None, memory: Tensor | None = None, **context: Any
+    ) -> Output:
         """Run the model.
 
         Args:
@@ -117,7 +127,9 @@ class Model(nn.Module):
         hidden, mask = self._run(self.target or self.embedding, self.decoder, target, cache, context)
         return Output(hidden, self, mask, tuple(kept) or None, memory)
 
-    def _run(self, embedding: nn.Module, stack: Stack, batch: Mapping[str, Any], cache: Cache | None, context: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _run(
+        self, embedding: nn.Module, stack: Stack, batch: Mapping[str, Any], cache: Cache | None, context: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
         if isinstance(embedding, PixelEmbedding):
             return stack(embedding(batch), Context(**context)), None
         ids = batch["input_ids"]
@@ -174,6 +186,19 @@ def build(spec: ModelSpec, seed: int = 0, device: str | torch.device = "cpu") ->
         model = Model(spec)
     model.to_empty(device=device)
     return model.initialize(torch.Generator(device=device).manual_seed(seed))
+
+
+def rebuilt(model: Model, spec: ModelSpec) -> Model:
+    """A model of another spec that shares every tensor of `model` whose name and shape it has.
+
+    What is new is left on the meta device, without values: the caller fills it.
+    """
+    with torch.device("meta"):
+        new = Model(spec)
+    shapes = {name: t.shape for name, t in new.state_dict().items()}
+    shared = {name: t for name, t in model.state_dict().items() if shapes.get(name) == t.shape}
+    new.load_state_dict(shared, strict=False, assign=True)
+    return new.train(model.training)
 
 
 def _embedding(spec: TokenSpec | PixelSpec, width: int) -> nn.Module:

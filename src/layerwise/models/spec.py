@@ -61,6 +61,7 @@ class ModelSpec:
         embedding, stack, head: input, layers, output. head None: the model only makes hidden states.
         decoder: a second stack (with `cross` layers) over the target tokens, which makes this an encoder-decoder.
         target: the decoder's embedding; None shares the encoder's.
+        adapters_only: every parameter is frozen except low-rank terms (LoRA).
     """
 
     embedding: EmbeddingSpec = field(default_factory=TokenSpec)
@@ -68,6 +69,7 @@ class ModelSpec:
     head: HeadSpec | None = field(default_factory=HeadSpec)
     decoder: StackSpec | None = None
     target: TokenSpec | None = None
+    adapters_only: bool = False
 
     __pydantic_config__ = FORBID
 

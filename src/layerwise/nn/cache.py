@@ -44,7 +44,9 @@ class Cache:
         """Announce that a pass over `steps` new positions begins."""
         self.length += steps
 
-    def append(self, slot: Slot, key: Float[Tensor, "b h s d"], value: Float[Tensor, "b h s d"], positions: Int[Tensor, "b s"]) -> tuple[Tensor, Tensor, Tensor]:
+    def append(
+        self, slot: Slot, key: Float[Tensor, "b h s d"], value: Float[Tensor, "b h s d"], positions: Int[Tensor, "b s"]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Store new keys and values behind the old ones; return all keys, values and positions of the slot."""
         times = self._times.setdefault(slot, [])
         old, new = len(times), len(times) + key.shape[2]

@@ -38,7 +38,7 @@ def alibi_slopes(heads: int) -> Float[Tensor, " heads"]:
     return torch.tensor(slopes)
 
 
-def relative_bucket(distance: Int[Tensor, "..."], bidirectional: bool, buckets: int, max_distance: int) -> Int[Tensor, "..."]:
+def relative_bucket(distance: Int[Tensor, ...], bidirectional: bool, buckets: int, max_distance: int) -> Int[Tensor, ...]:
     """T5's bucket for `distance` = key position - query position: exact when near, logarithmic when far.
 
     Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning", section 2.1.

@@ -1,1 +1,7 @@
-"""What a model is trained for."""
+"""What a model is trained for: `objective(model, batch, generator) -> Loss`."""
+
+OBJECTIVES = {
+    "causal-lm": "layerwise.objectives.language:CausalLM",
+    "masked-lm": "layerwise.objectives.language:MaskedLM",
+    "classification": "layerwise.objectives.classification:Classification",
+}

@@ -1,1 +1,10 @@
-"""Gradients to updates."""
+"""Gradients to updates: optimizers, parameter groups by depth, learning-rate schedules."""
+
+OPTIMIZERS = {
+    "adamw": "torch.optim:AdamW",
+    "adam": "torch.optim:Adam",
+    "sgd": "torch.optim:SGD",
+    "rmsprop": "torch.optim:RMSprop",
+    "adagrad": "torch.optim:Adagrad",
+    "layca": "layerwise.optim.layca:Layca",
+}

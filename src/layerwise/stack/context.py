@@ -71,7 +71,11 @@ class Context:
         """The context of a subset of positions: `tokens` are indices into the sequence, for each row."""
         assert self.positions is not None
         rows = tokens.shape[0]
-        chosen = {name: value.expand(rows, -1).gather(1, tokens) for name in ("positions", "segments") if (value := getattr(self, name)) is not None}
+        chosen = {
+            name: value.expand(rows, -1).gather(1, tokens)
+            for name in ("positions", "segments")
+            if (value := getattr(self, name)) is not None
+        }
         return dataclasses.replace(self, **chosen, plain=False, _made={})
 
     def rows(self, index: Int[Tensor, " k"]) -> Context:

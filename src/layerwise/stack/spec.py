@@ -137,7 +137,13 @@ class LayerSpec:
         scale = self.residual_scale or ((2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0)
         gain = self.norm_gain or ((index + 1) ** -0.5 if self.placement == "lns" else 1.0)
         return dataclasses.replace(
-            self, width=width, kv_heads=self.kv_heads or self.heads, head_dim=head_dim, ffn_width=ffn_width, residual_scale=scale, norm_gain=gain
+            self,
+            width=width,
+            kv_heads=self.kv_heads or self.heads,
+            head_dim=head_dim,
+            ffn_width=ffn_width,
+            residual_scale=scale,
+            norm_gain=gain,
         )
 
 

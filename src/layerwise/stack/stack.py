@@ -57,10 +57,7 @@ class Stack(nn.Module):
             slot = (i, visits.get(i, 0))
             visits[i] = slot[1] + 1
             layer = self.layers[i]
-            if around:
-                x = _wrapped(i, layer, partial(layer, slot=slot), around)(x, ctx)
-            else:
-                x = layer(x, ctx, slot)
+            x = _wrapped(i, layer, partial(layer, slot=slot), around)(x, ctx) if around else layer(x, ctx, slot)
         return x if self.norm is None else self.norm(x)
 
     def _checked(self, path: Sequence[int]) -> Sequence[int]:
@@ -97,5 +94,3 @@ def _wrapped(i: int, layer: nn.Module, call: Call, around: Sequence[Around]) -> 
 
 def _call(wrap: Around, i: int, layer: nn.Module, call: Call, x: Tensor, ctx: Context) -> Tensor:
     return wrap(i, layer, x, ctx, call)
-
-

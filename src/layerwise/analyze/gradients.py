@@ -1,0 +1,57 @@
+"""Gradient norms by depth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.analyze.findings import Findings, Table
+from layerwise.evaluate.batches import batches, split_of
+from layerwise.objectives import OBJECTIVES
+from layerwise.stack.depth import depth_of
+from layerwise.table import lookup
+
+
+def depth_gradient_norms(model: nn.Module) -> dict[int, float]:
+    """Norm of all gradients of each depth (-1: before the layers; their number: after them); needs a backward pass done."""
+    depths = depth_of(model)
+    squares: dict[int, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            square = parameter.grad.detach().float().square().sum()
+            squares[depths[name]] = squares.get(depths[name], torch.zeros_like(square)) + square
+    return {i: s.sqrt().item() for i, s in sorted(squares.items())}
+
+
+def gradient_norms(
+    model: Any, data: Any, *, split: str = "train", objective: str = "causal-lm", batch: int = 16, batches_at_most: int = 4
+) -> Findings:
+    """Gradient norm of every layer, averaged over a few batches; the model's gradients are left empty.
+
+    Metrics: `grad_norm_variation`, the coefficient of variation over the layers (0: all layers get gradients alike).
+    """
+    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    sums: dict[int, float] = {}
+    seen = 0
+    training = model.training
+    model.eval()
+    for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+        model.zero_grad(set_to_none=True)
+        loss_of(model, rows, generator).mean.backward()
+        for i, norm in depth_gradient_norms(model).items():
+            sums[i] = sums.get(i, 0.0) + norm
+        seen += 1
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+    norms = {i: s / seen for i, s in sums.items()}
+    table = Table("Gradient norm by layer", ["layer", "gradient norm"], [[i, n] for i, n in norms.items()])
+    return Findings({"grad_norm_variation": variation([n for i, n in norms.items() if 0 <= i < model.stack.depth])}, [table])
+
+
+def variation(values: list[float]) -> float:
+    """Coefficient of variation: standard deviation over mean."""
+    mean = sum(values) / max(len(values), 1)
+    return (sum((v - mean) ** 2 for v in values) / max(len(values), 1)) ** 0.5 / mean if mean else 0.0

@@ -1,0 +1,298 @@
+"""The command line: reads arguments, calls the rooms below, prints. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerwise.errors import BadInput, LayerwiseError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Assemble, pre-train, inspect, cut, heal, merge and run neural networks layer by layer.",
+)
+
+System = Annotated[str, typer.Argument(metavar="SYSTEM_OR_FILE", help="A system's name (see 'layerwise list') or a job file.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a key of the job, e.g. stages.pretrain.steps=100.")
+]
+ScaleOption = Annotated[str | None, typer.Option("--scale", help="smoke (seconds), small (minutes on two cores) or full (one big GPU).")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with named public data sets, one folder a set.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors as one message and an exit code: 2 for bad input, 1 for a failure while running, 130 for Ctrl-C."""
+    try:
+        yield
+    except BadInput as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except LayerwiseError as error:
+        typer.echo(f"failed: {error}", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; go on with 'layerwise resume RUN'", err=True)
+        raise typer.Exit(130) from None
+    except (OSError, MemoryError) as error:
+        if os.environ.get("LAYERWISE_DEBUG"):
+            raise
+        typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command("list")
+def list_systems(json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List the systems that come with layerwise and the verdicts of their receipts."""
+    from layerwise.jobs.catalogue import listing
+
+    with _told():
+        entries = listing()
+    if json:
+        typer.echo(jsonlib.dumps(entries))
+        return
+    for e in entries:
+        typer.echo(f"{e['name']:24} {e['card'] or '':4} {e['receipts'].get('small') or '-':13} {e['title']}")
+
+
+@app.command()
+def show(system: System, scale: ScaleOption = None, set_: Set = None) -> None:
+    """Print a job as it would run: every key resolved at a scale."""
+    import yaml
+
+    with _told():
+        job = _job(system, scale, set_, None, None)
+        typer.echo(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+@app.command()
+def run(
+    system: System,
+    set_: Set = None,
+    scale: ScaleOption = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Comma-separated, e.g. 0,1,2.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option("--variant", help="Only these variants (the claim is left out unless both its sides run).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; new or empty. Default: runs/NAME-SCALE-N.")] = None,
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Precision of all training stages: fp32 or bf16.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Run a system or a job file: trains, edits, measures, and leaves a run folder with a receipt and a report."""
+    with _told():
+        job = _job(system, scale, set_, seeds, variant, dtype)
+        folder = out if out is not None else _new_folder(f"{job.name}-{job.scale}")
+        from layerwise.jobs.console import Progression
+        from layerwise.jobs.run import run_job
+
+        receipt = run_job(job, folder, data_dir=data_dir, device=device, progression=Progression(quiet=quiet))
+    _print_receipt(receipt, folder)
+
+
+@app.command()
+def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder.")], quiet: bool = False) -> None:
+    """Go on with a run that was stopped or killed."""
+    with _told():
+        from layerwise.jobs.console import Progression
+        from layerwise.jobs.run import resume_run
+
+        receipt = resume_run(folder, progression=Progression(quiet=quiet))
+    _print_receipt(receipt, folder)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Annotated[Path | None, typer.Option("--out")] = None) -> None:
+    """Write the HTML page of a run anew."""
+    with _told():
+        if not (folder / "job.yaml").is_file():
+            raise BadInput(f"{folder} holds no run (there is no job.yaml in it)")
+        from layerwise.report.page import write_report
+
+        typer.echo(str(write_report(folder, out)))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder (ours or Hugging Face), a run folder or a preset.")],
+    data: Annotated[str, typer.Option("--data", help="Text to run through it.")] = "builtin:docs",
+    samples: Annotated[int, typer.Option("--samples", help="Rows to run through it.")] = 64,
+    length: Annotated[int, typer.Option("--length", help="Tokens a row.")] = 128,
+    out: Annotated[Path | None, typer.Option("--out", help="The page to write. Default: inspect.html.")] = None,
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Show what each layer of a model is like: parameters, operations, angular distance, attention entropy, gradient norm."""
+    with _told():
+        from layerwise.jobs.inspection import inspect_model
+
+        found, page = inspect_model(
+            model, text=data, samples=samples, length=length, page=out or Path("inspect.html"), data_dir=data_dir, device=device
+        )
+    if json:
+        typer.echo(jsonlib.dumps(found.data()))
+    else:
+        _print_table(found.tables[0].columns, found.tables[0].rows, str(model))
+        typer.echo(f"page: {page}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder with a tokenizer.")],
+    prompt: Annotated[str, typer.Argument()],
+    new: Annotated[int, typer.Option("--new", min=1)] = 64,
+    temperature: Annotated[float, typer.Option("--temperature", min=0)] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p")] = 1.0,
+    path: Annotated[str | None, typer.Option("--path", help="Layers to run, in order, e.g. 0,1,1,3.")] = None,
+    seed: int = 0,
+    device: Device = "cpu",
+) -> None:
+    """Continue a text."""
+    with _told():
+        from layerwise.jobs.inspection import continue_text
+
+        layers = _numbers(path, "--path") if path else None
+        typer.echo(continue_text(model, prompt, new=new, temperature=temperature, top_p=top_p, path=layers, seed=seed, device=device))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FROM")],
+    target: Annotated[Path, typer.Argument(metavar="TO")],
+    to: Annotated[str, typer.Option("--to", help="hf or layerwise.")] = "hf",
+    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Turn a checkpoint into another format: ours into Hugging Face's, Hugging Face's into ours."""
+    with _told():
+        from layerwise.jobs.inspection import convert_checkpoint
+
+        typer.echo(str(convert_checkpoint(source, target, to=to, dtype=dtype)))
+
+
+@app.command()
+def verify(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    scale: Annotated[str, typer.Option("--scale")] = "small",
+    rerun: Annotated[Path | None, typer.Option("--rerun", help="Also run it again, into this new folder, and compare.")] = None,
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Re-check a committed receipt: does its verdict follow from its values, and (--rerun) do the values come again?"""
+    with _told():
+        from layerwise.jobs.verify import verify as check
+
+        result = check(name, scale, rerun=rerun, data_dir=data_dir, device=device)  # type: ignore[arg-type]
+    typer.echo(
+        jsonlib.dumps(result) if json else f"{name} ({scale}): {result['verdict']}, {'consistent' if result['ok'] else 'NOT consistent'}"
+    )
+    if not json:
+        for problem in result["problems"]:
+            typer.echo(f"  {problem}")
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has: devices, threads, versions, cache, optional parts."""
+    with _told():
+        from layerwise.jobs.inspection import diagnosis
+
+        for name, value in diagnosis().items():
+            typer.echo(f"{name:16} {value}")
+
+
+def _job(
+    system: str, scale: str | None, set_: list[str] | None, seeds: str | None, variants: list[str] | None, dtype: str | None = None
+) -> Any:
+    """The job that the options of `run` and `show` describe."""
+    from layerwise.jobs.catalogue import find
+    from layerwise.jobs.merge import setting
+    from layerwise.jobs.schema import read_job
+    from layerwise.table import unknown
+
+    settings = dict(setting(text) for text in set_ or [])
+    if seeds is not None:
+        settings["seeds"] = _numbers(seeds, "--seeds")
+    job = read_job(find(system), scale=scale, settings=settings)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {}
+    if dtype is not None:
+        if dtype not in ("fp32", "bf16"):
+            raise BadInput(f"--dtype is fp32 or bf16; got '{dtype}'")
+        changes |= {f"stages.{name}.precision": dtype for name, stage in job.stages.items() if "train" in stage}
+    if variants:
+        for name in variants:
+            if name not in job.variants:
+                raise unknown(name, job.variants, "variant")
+        changes["variants"] = None
+        whole = job.claim is not None and {job.claim.method, job.claim.baseline} <= set(variants)
+        changes |= {} if whole else {"claim": None}
+    if changes:
+        data = job.model_dump(mode="json")
+        if variants:
+            data["variants"] = {name: job.variants[name] for name in variants}
+            changes.pop("variants")
+        job = read_job(data, settings=changes)
+    return job
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"{option} takes numbers with commas between them, like 0,1,2; got '{text}'") from None
+
+
+def _new_folder(stem: str) -> Path:
+    root = Path("runs")
+    taken: Callable[[int], bool] = lambda n: (root / f"{stem}-{n}").exists()  # noqa: E731
+    return root / f"{stem}-{next(n for n in range(1, 10**6) if not taken(n))}"
+
+
+def _print_receipt(receipt: Any, folder: Path) -> None:
+    from layerwise.jobs.inspection import receipt_rows
+
+    columns, rows = receipt_rows(receipt)
+    _print_table(columns, rows, receipt.claim.text if receipt.claim else receipt.system)
+    if receipt.difference is not None:
+        interval = receipt.difference.ci95
+        typer.echo(f"difference {receipt.difference.mean:+.4g}" + (f"  95 % [{interval[0]:+.4g}, {interval[1]:+.4g}]" if interval else ""))
+    if receipt.verdict is not None:
+        typer.echo(f"verdict: {receipt.verdict}")
+    typer.echo(f"report: {folder / 'report.html'}")
+
+
+def _print_table(columns: list[str], rows: list[list[Any]], title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(
+            *("" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row)
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

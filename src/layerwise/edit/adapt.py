@@ -1,0 +1,96 @@
+"""Small trained additions to frozen layers: LoRA attached and merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from layerwise.errors import BadInput
+from layerwise.models.model import Model, rebuilt
+from layerwise.models.spec import ModelSpec
+from layerwise.nn.linear import LoRA
+from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+
+Role = Literal["q", "k", "v", "o", "gate", "up", "down", "cross.q", "cross.k", "cross.v", "cross.o"]
+
+
+def lora(
+    model: Model,
+    *,
+    rank: int = 8,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    targets: Sequence[Role] = ("gate", "up", "down"),
+    freeze: bool = True,
+    seed: int | None = None,
+) -> Model:
+    """The model with a low-rank term on the `targets` of every layer; it computes exactly what it did before.
+
+    The dense weights are shared with the given model, which stays as it is.
+
+    Args:
+        rank, alpha, dropout: see `layerwise.nn.linear.LoRA`; alpha None means alpha = rank.
+        freeze: everything but the low-rank terms stops being trained, embedding and head included.
+
+    Source: Hu et al. 2021; feed-forward targets and alpha = rank as Gromov et al. 2024 heal with (appendix B).
+    """
+    new = rebuilt(model, preview_lora(model.spec, rank=rank, alpha=alpha, dropout=dropout, targets=targets, freeze=freeze))
+    generator = torch.Generator(device=model.device).manual_seed(seed or 0)
+    for module in new.modules():
+        if isinstance(module, LoRA):
+            for name in ("lora_a", "lora_b"):
+                empty = torch.empty_like(getattr(module, name), device=module.weight.device, dtype=module.weight.dtype)
+                setattr(module, name, nn.Parameter(empty))
+            module.reset_adapter(generator)
+    return new
+
+
+def merge_lora(model: Model) -> Model:
+    """The model with every low-rank term added into its dense matrix: same outputs, no extra cost, everything trainable again."""
+    new = rebuilt(model, preview_merge(model.spec))
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            new.get_submodule(name).weight = nn.Parameter(module.materialize().detach().clone())
+    return new
+
+
+def preview_lora(
+    spec: ModelSpec, *, rank: int, alpha: float | None, dropout: float, targets: Sequence[Role], freeze: bool, **_: Any
+) -> ModelSpec:
+    """What `lora` makes of a model's description."""
+    linear = LinearSpec("lora", rank=rank, alpha=alpha, dropout=dropout)
+
+    def attach(layer: LayerSpec) -> LayerSpec:
+        if any(s.kind == "lora" for s in layer.linears.values()):
+            raise BadInput("this model has LoRA already: merge it first (edit: merge-lora)")
+        there = [t for t in targets if (t != "gate" or layer.gated) and (not t.startswith("cross.") or layer.cross)]
+        if not there:
+            raise BadInput(f"no layer has a linear called {' or '.join(targets)}")
+        return dataclasses.replace(layer, linears={**layer.linears, **dict.fromkeys(there, linear)})
+
+    return dataclasses.replace(_with_layers(spec, attach), adapters_only=freeze)
+
+
+def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
+    """What `merge_lora` makes of a model's description."""
+
+    def detach(layer: LayerSpec) -> LayerSpec:
+        return dataclasses.replace(layer, linears={role: s for role, s in layer.linears.items() if s.kind != "lora"})
+
+    return dataclasses.replace(_with_layers(spec, detach), adapters_only=False)
+
+
+def _with_layers(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:
+    """`spec` with `change` applied to every layer of its stacks."""
+    changed: dict[str, Any] = {}
+    for name in ("stack", "decoder"):
+        stack = getattr(spec, name)
+        if isinstance(stack, StackSpec):
+            changed[name] = stack.with_layers([change(layer) for layer in stack.layers])
+        elif stack is not None:
+            raise BadInput("lora needs transformer layers; this model's stack has others")
+    return dataclasses.replace(spec, **changed)

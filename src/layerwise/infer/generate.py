@@ -1,0 +1,72 @@
+"""Continuing a text token by token."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.evaluate.batches import inference
+from layerwise.models.model import Model
+from layerwise.nn.cache import Cache
+
+
+def generate(
+    model: Model,
+    ids: Int[Tensor, "b s"],
+    *,
+    new: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    attention_mask: Tensor | None = None,
+    path: list[int] | None = None,
+    seed: int = 0,
+) -> Int[Tensor, "b s_new"]:
+    """Continue `ids` by up to `new` tokens; returns prompts and continuations, rows that stopped early filled with `stop`.
+
+    Args:
+        temperature: 0 takes the most probable token; above, samples from the softened distribution.
+        top_p: sample among the smallest set of tokens whose probability exceeds it (Holtzman et al. 2020).
+        stop: token that ends a row.
+        attention_mask: (b, s), 0 where prompts are padded (on the left).
+        path: layers to run, in order, instead of each once.
+        seed: of the sampling.
+    """
+    if not model.causal:
+        raise BadInput("only a causal model can continue a text; this one sees both sides")
+    if ids.dim() != 2 or not ids.shape[1]:
+        raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
+    generator = torch.Generator(device=ids.device).manual_seed(seed)
+    cache = Cache()
+    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    fed, mask = ids, attention_mask
+    with inference(model):
+        for _ in range(new):
+            batch = {"input_ids": fed} if mask is None else {"input_ids": fed, "attention_mask": mask}
+            out = model(batch, cache=cache, path=path)
+            out.hidden = out.hidden[:, -1:]
+            token = sample(out.logits[:, -1], temperature, top_p, generator)
+            if stop is not None:
+                token = torch.where(done, stop, token)
+                done |= token == stop
+            fed = token[:, None]
+            ids = torch.cat([ids, fed], dim=1)
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
+            if stop is not None and bool(done.all()):
+                break
+    return ids
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Int[Tensor, " b"]:
+    """One token a row from (b, vocab) scores."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = probabilities.sort(dim=-1, descending=True)
+        # A token stays while the mass before it is below top_p, so the most probable one always does.
+        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
+        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

@@ -1,0 +1,147 @@
+"""Going through a plan without running it: every option typed, every stage possible on the model that reaches it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.data.load import check_source
+from layerwise.edit import EDITS, PREVIEWS
+from layerwise.errors import BadInput
+from layerwise.jobs.options import checked_options
+from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
+from layerwise.models.hf import family_for
+from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.models.spec import ModelSpec
+from layerwise.objectives import OBJECTIVES
+from layerwise.optim.groups import check_options
+from layerwise.stack.spec import indices
+from layerwise.table import lookup
+from layerwise.train.policies import POLICIES
+from layerwise.train.spec import TrainSpec
+
+NEEDS_HEAD = {
+    "causal-lm": "lm",
+    "masked-lm": "lm",
+    "language-modeling": "lm",
+    "classification": "classifier",
+    "layer-drop": "lm",
+    "block-sweep": "lm",
+}
+
+
+def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Plan]:
+    """Every variant's plan with options typed and defaults filled in.
+
+    Raises:
+        BadInput: something in the job cannot work; nothing was loaded, trained or written.
+    """
+    check_device(device)
+    plans = {}
+    for name, plan in job.plans().items():
+        with _prefixed(f"variants.{name}: " if len(job.variants) > 1 else ""):
+            check_source(plan.data, data_dir)
+            plans[name] = dataclasses.replace(plan, stages=tuple(_rehearsed(plan)))
+    return plans
+
+
+def check_device(device: str) -> torch.device:
+    """The device of that name.
+
+    Raises:
+        BadInput: there is no such device here.
+    """
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise BadInput(f"--device {device}: not a device; write cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise BadInput(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise BadInput(f"--device {device}: not available here; use cpu")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise BadInput(f"--device {device}: layerwise runs on cpu, cuda and mps")
+    return chosen
+
+
+@contextmanager
+def _prefixed(prefix: str) -> Iterator[None]:
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{prefix}{error}") from error
+
+
+def _rehearsed(plan: Plan) -> Iterator[Stage]:
+    """The plan's stages with complete options, each checked against the description of the model it will meet."""
+    spec = _starting_spec(plan)
+    for stage in plan.stages:
+        with _prefixed(f"stages.{stage.name}: "):
+            _check_head(stage, spec, plan)
+            if isinstance(stage.spec, TrainSpec):
+                yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
+            elif isinstance(stage.spec, Export):
+                if spec is not None and stage.spec.format == "hf":
+                    family_for(spec)
+                yield stage
+            elif stage.spec is not None:
+                if spec is not None and not spec.causal:
+                    raise BadInput("only a causal model can generate text")
+                yield stage
+            else:
+                function = lookup(TABLES[stage.kind], stage.what, stage.kind)
+                stage = dataclasses.replace(stage, options=checked_options(function, stage.options, stage.what))
+                if stage.kind == "edit" and spec is not None:
+                    spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options) if stage.what in EDITS else spec
+                yield stage
+
+
+def _starting_spec(plan: Plan) -> ModelSpec | None:
+    """The description of the model a plan begins with; None when it comes from a checkpoint that is read later."""
+    if isinstance(plan.model, Path):
+        if not plan.model.is_dir():
+            raise BadInput(f"model.load: there is no folder {plan.model}")
+        return None
+    return plan.model.with_vocab(plan.data.tokenizer.vocab)
+
+
+def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
+    checked_options(lookup(OBJECTIVES, train.objective, "objective"), train.options, "options")
+    check_options(train.optimizer)
+    if spec is not None:
+        for key in train.optimizer.depth_lr:
+            indices(key, spec.stack.depth)
+    policies = []
+    for policy in train.policies:
+        options = {k: v for k, v in policy.items() if k != "name"}
+        kind = lookup(POLICIES, policy["name"], "policy")
+        policies.append({"name": policy["name"], **checked_options(kind, options, f"policies.{policy['name']}")})
+    return dataclasses.replace(train, policies=tuple(policies))
+
+
+def _check_head(stage: Stage, spec: ModelSpec | None, plan: Plan) -> None:
+    need = NEEDS_HEAD.get(stage.what)
+    if spec is None or need is None:
+        return
+    have = spec.head.kind if spec.head is not None else "no"
+    if have != need:
+        raise BadInput(f"{stage.what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
+    if stage.what in ("causal-lm", "language-modeling", "layer-drop", "block-sweep") and not spec.causal:
+        raise BadInput(f"{stage.what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
+    if stage.what == "masked-lm" and spec.causal:
+        raise BadInput("masked-lm needs layers that see both sides; this model's are causal")
+    images = isinstance(spec.stack, PlainStackSpec)
+    if images and need == "lm":
+        raise BadInput(f"{stage.what} reads text; this model reads images")
+    _match_data(images, plan.data.source)
+
+
+def _match_data(images: bool, source: str) -> None:
+    known: dict[str, Any] = {"builtin:docs": False, "builtin:code": False, "builtin:digits": True}
+    if source in known and known[source] != images:
+        raise BadInput(f"the model reads {'images' if images else 'text'} but {source} is {'images' if known[source] else 'text'}")

@@ -1,0 +1,123 @@
+"""What the command line does besides running jobs: look at a model, continue a text, convert a checkpoint, describe the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from layerwise.analyze.findings import Findings
+from layerwise.analyze.overview import inspect
+from layerwise.data.load import load_data
+from layerwise.data.spec import DataSpec, TokenizerSpec
+from layerwise.embed.spec import TokenSpec
+from layerwise.errors import BadInput
+from layerwise.infer.generate import generate
+from layerwise.jobs.cache import cache_folder
+from layerwise.jobs.check import check_device
+from layerwise.jobs.receipt import Receipt
+from layerwise.models.checkpoint import save
+from layerwise.models.hf import export_hf
+from layerwise.models.load import load_any
+from layerwise.models.presets import PRESETS, preset
+from layerwise.report.page import write_inspect_page
+
+
+def inspect_model(
+    source: str, *, page: Path, data_dir: Path | None = None, device: str = "cpu", samples: int = 64, length: int = 128, **options: Any
+) -> tuple[Findings, Path]:
+    """The table of a model's layers on some text, and the page about it.
+
+    Args:
+        source: a folder or a preset's name; options["source"] is the text.
+    """
+    text = options.pop("text", "builtin:docs")
+    check_device(device)
+    tokenizer = _tokenizer_file(source)
+    spec = DataSpec(source=text, length=length, tokenizer=TokenizerSpec(kind="file", path=str(tokenizer)) if tokenizer else TokenizerSpec())
+    data = load_data(spec, data_dir, cache_folder())
+    model = load_any(
+        source, device, **({"embedding": {**preset(source).get("embedding", {}), "vocab": data.vocab}} if source in PRESETS else {})
+    )
+    embedding = model.spec.embedding
+    if not isinstance(embedding, TokenSpec):
+        raise BadInput("inspect shows models that read text; this one reads images")
+    if data.vocab is not None and embedding.vocab is not None and data.vocab > embedding.vocab:
+        raise BadInput(
+            f"the tokenizer has {data.vocab} tokens but the model {embedding.vocab}: put the model's tokenizer.json into its folder"
+        )
+    found = inspect(model, data, samples=samples)
+    return found, write_inspect_page(found.data(), page, title=Path(source).name, subtitle=f"{text}, {samples} rows of {length} tokens")
+
+
+def continue_text(source: str, prompt: str, *, device: str = "cpu", **options: Any) -> str:
+    """The continuation of a prompt by the model in a folder that holds its tokenizer too."""
+    check_device(device)
+    file = _tokenizer_file(source)
+    if file is None:
+        raise BadInput(f"{source} holds no tokenizer.json, so text cannot become tokens")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids
+    if not ids:
+        raise BadInput("the prompt is empty")
+    made = generate(load_any(source, device), torch.tensor([ids], device=device), **options)
+    return tokenizer.decode(made[0].tolist())
+
+
+def convert_checkpoint(source: Path, target: Path, *, to: str = "hf", dtype: str | None = None) -> Path:
+    """A checkpoint in another format; the tokenizer goes along."""
+    if to not in ("hf", "layerwise"):
+        raise BadInput(f"--to is hf or layerwise; got '{to}'")
+    if dtype not in (None, "float32", "bfloat16", "float16"):
+        raise BadInput(f"--dtype is float32, bfloat16 or float16; got '{dtype}'")
+    if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
+        raise BadInput(f"{target} exists already: choose a new folder")
+    model = load_any(source, dtype=getattr(torch, dtype) if dtype else None)
+    file = _tokenizer_file(str(source))
+    tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file else None
+    return export_hf(model, target, tokenizer=tokenizer) if to == "hf" else save(model, target, tokenizer=tokenizer)
+
+
+def diagnosis() -> dict[str, str]:
+    """What this machine has."""
+    from layerwise import __version__
+
+    cache = cache_folder()
+    used = sum(p.stat().st_size for p in cache.rglob("*") if p.is_file()) if cache and cache.is_dir() else 0
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    extras = {"tensorboard": "trackers", "plotly": "report", "kornia": "augmentation", "peft": "tests"}
+    return {
+        "layerwise": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "devices": ", ".join(["cpu", *gpus]),
+        "bf16 on cpu": "native" if torch.backends.cpu.get_cpu_capability() in ("AVX512", "AMX") else "emulated",
+        "cache": f"{cache} ({used / 1e6:,.0f} MB)" if cache else "off",
+        **{name: "present" if importlib.util.find_spec(name) else f"missing (used for {use})" for name, use in extras.items()},
+    }
+
+
+def receipt_rows(receipt: Receipt) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows that show a receipt in a terminal."""
+    shown = ("val_loss", "accuracy")
+    names = list(dict.fromkeys(m for arm in receipt.metrics.values() for m in arm if m.rsplit(".", 1)[-1] in shown))
+    rows: list[list[Any]] = []
+    for name, arm in receipt.variants.items():
+        measured = receipt.metrics.get(name, {})
+        means = [sum(v.values()) / len(v) if (v := measured.get(m)) else None for m in names]
+        seeds = max((len(v) for v in measured.values()), default=0)
+        rows.append([name, *means, seeds, round(arm.seconds, 1), arm.params])
+    return ["variant", *names, "seeds", "seconds", "parameters"], rows
+
+
+def _tokenizer_file(source: str) -> Path | None:
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    found = sorted([folder / "tokenizer.json", *folder.glob("models/*/seed-*/tokenizer.json")])
+    return next((p for p in found if p.is_file()), None)

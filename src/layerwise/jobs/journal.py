@@ -1,0 +1,83 @@
+"""The line-by-line files of a run folder: events and metrics. Appended as things happen, readable after any crash."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import BadInput
+
+
+class Journal:
+    """Writer (and reader) of `events.jsonl` and `metrics.jsonl`.
+
+    Args:
+        run: the run folder.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        for name in ("events.jsonl", "metrics.jsonl"):
+            _end_torn_line(run / name)
+
+    def event(self, event: str, **values: Any) -> None:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        self._append("events.jsonl", {"time": now, "event": event, **values})
+
+    def metrics(self, variant: str, seed: int, stage: str, values: dict[str, Any]) -> None:
+        """One line of training values; what is not finite is left out (JSON has no NaN)."""
+        finite = {k: v for k, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._append("metrics.jsonl", {"variant": variant, "seed": seed, "stage": stage, **finite})
+
+    def curve(self, variant: str, seed: int, stage: str) -> list[dict[str, Any]]:
+        """The metrics of one training stage by step; of lines written twice (after a resume) the later one."""
+        lines: dict[int, dict[str, Any]] = {}
+        for line in read_lines(self.run / "metrics.jsonl"):
+            if (line.get("variant"), line.get("seed"), line.get("stage")) == (variant, seed, stage):
+                lines[line["step"]] = {k: v for k, v in line.items() if k not in ("variant", "seed", "stage")}
+        return [lines[step] for step in sorted(lines)]
+
+    def _append(self, name: str, value: dict[str, Any]) -> None:
+        with (self.run / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(value, allow_nan=False, default=str) + "\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a jsonl file; a line cut short by a crash is passed over."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                value = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(value, dict):
+                yield value
+
+
+def _end_torn_line(path: Path) -> None:
+    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """The run folder for this process alone.
+
+    Raises:
+        BadInput: another process is working in it.
+    """
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"another process is working in {run}: wait for it, or choose another folder with --out") from error
+        yield

@@ -1,0 +1,75 @@
+"""Changing plain data by dotted paths: what `--set`, variants and scales do to a job."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import yaml
+
+from layerwise.errors import BadInput
+
+VERBS = ("train", "edit", "analyze", "evaluate", "generate", "export")
+
+
+def changed(data: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:
+    """`data` with `overrides` applied; their keys are dotted paths, their values plain data.
+
+    A mapping is merged into the mapping that stands there; anything else replaces it. A stage given as null is taken out,
+    and a stage that does something else than before replaces the old one whole.
+
+    Raises:
+        BadInput: a path goes through something that is no mapping.
+    """
+    data = copy.deepcopy(data)
+    for path, value in overrides.items():
+        parts = str(path).split(".")
+        place: Any = data
+        for depth, part in enumerate(parts[:-1]):
+            walked = ".".join(parts[: depth + 1])
+            place = _inside(place, part, walked, path, where)
+        key: Any = _key(place, parts[-1], str(path), path, where)
+        if parts[0] == "stages" and len(parts) == 2 and value is None:
+            place.pop(key, None)
+        else:
+            place[key] = merged(place[key] if isinstance(place, list) else place.get(key), value)
+    return data
+
+
+def _inside(place: Any, part: str, walked: str, path: str, where: str) -> Any:
+    """What stands under `part`; an empty mapping is made where nothing does."""
+    key = _key(place, part, walked, path, where)
+    if isinstance(place, dict) and place.get(key) is None:
+        place[key] = {}
+    if not isinstance(place[key], dict | list):
+        raise BadInput(f"{where}: '{path}' goes through '{walked}', which is {place[key]!r} and has no keys")
+    return place[key]
+
+
+def _key(place: Any, part: str, walked: str, path: str, where: str) -> Any:
+    """`part` as a key of a mapping, or as an index of a list."""
+    if isinstance(place, dict):
+        return next((k for k in place if str(k) == part), part)
+    if part.isdigit() and int(part) < len(place):
+        return int(part)
+    raise BadInput(f"{where}: '{path}': '{walked}' is not one of the {len(place)} entries 0 to {len(place) - 1}")
+
+
+def merged(old: Any, new: Any) -> Any:
+    """`new` laid over `old`: mappings key by key, everything else replaced."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return copy.deepcopy(new)
+    if any(verb in new and old.get(verb) != new[verb] for verb in VERBS):
+        return copy.deepcopy(new)
+    return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`a.b=value` as (path, value); the value is read as YAML."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise BadInput(f"--set takes path=value, for example stages.pretrain.steps=100; got '{text}'")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {path}: '{value}' is not YAML: {error}") from error

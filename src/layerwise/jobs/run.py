@@ -1,0 +1,302 @@
+"""Running a job: every seed of every variant through its stages, into one run folder with a receipt and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from layerwise.analyze.cost import size
+from layerwise.data.load import Data, load_data
+from layerwise.data.spec import DataSpec
+from layerwise.embed.spec import PixelSpec
+from layerwise.errors import BadInput, Diverged
+from layerwise.files import digest, sha256, whole_folder, write_file, write_json
+from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
+from layerwise.jobs.check import check_job
+from layerwise.jobs.console import Progression
+from layerwise.jobs.journal import Journal, claimed
+from layerwise.jobs.meter import metered
+from layerwise.jobs.receipt import Receipt, Variant, make_receipt
+from layerwise.jobs.schema import Job, Plan, Stage, read_job, read_yaml
+from layerwise.jobs.stages import run_stage
+from layerwise.models.checkpoint import load, save
+from layerwise.models.load import load_any
+from layerwise.models.model import Model, build
+from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.models.spec import ModelSpec, spec_data
+from layerwise.report.page import write_report
+from layerwise.train.loop import Listener
+
+
+def run_job(
+    job: Job,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    progression: Progression | None = None,
+) -> Receipt:
+    """Run a job into a new folder and return its receipt.
+
+    Raises:
+        BadInput: the job cannot work, or `out` holds something already; nothing was written.
+        LayerwiseError: a stage failed. KeyboardInterrupt: stopped; `resume_run(out)` goes on.
+    """
+    plans = check_job(job, data_dir=data_dir, device=device)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "a run; go on with it by 'layerwise resume'" if (out / "job.yaml").is_file() else "files"
+        raise BadInput(f"{out} holds {what}: choose a folder that is new or empty with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {"device": device, "data_dir": str(data_dir.resolve()) if data_dir else None}
+    with claimed(out):
+        write_file(out / "job.yaml", yaml.safe_dump({**job.model_dump(mode="json"), "run": settings}, sort_keys=False, allow_unicode=True))
+        return _Runner(job, plans, out, data_dir, device, progression or Progression()).run("run-started")
+
+
+def resume_run(run: Path, *, progression: Progression | None = None) -> Receipt:
+    """Go on with a run that was stopped or killed: finished stages are reused, an unfinished one continues from its checkpoint.
+
+    Raises:
+        BadInput: the folder holds no run, or its job file was changed into one that cannot work.
+    """
+    if not (run / "job.yaml").is_file():
+        raise BadInput(f"{run} holds no run (there is no job.yaml in it)")
+    raw = read_yaml(run / "job.yaml")
+    settings = raw.pop("run", None) or {}
+    job = read_job(raw)
+    data_dir = Path(settings["data_dir"]) if settings.get("data_dir") else None
+    device = str(settings.get("device", "cpu"))
+    plans = check_job(job, data_dir=data_dir, device=device)
+    with claimed(run):
+        return _Runner(job, plans, run, data_dir, device, progression or Progression()).run("run-resumed")
+
+
+@dataclass
+class _Arm:
+    """One seed of one variant on its way through the stages. The model is made or loaded only when a stage needs it."""
+
+    key: str
+    make: Callable[[], Model]
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    params: int = 0
+
+
+class _Listener(Listener):
+    """Passes training's news on to the journal, the trackers and the person."""
+
+    def __init__(self, runner: _Runner, variant: str, seed: int, stage: str) -> None:
+        self.runner, self.labels = runner, (variant, seed, stage)
+        self.trackers = [_tracker(name, runner.out, "/".join(map(str, self.labels))) for name in runner.job.trackers]
+
+    def progress(self, step: int, total: int, values: dict[str, float]) -> None:
+        self.runner.progression.step(step, total, values)
+
+    def metrics(self, values: dict[str, float]) -> None:
+        self.runner.journal.metrics(*self.labels, values)
+        for tracker in self.trackers:
+            tracker.log({k: v for k, v in values.items() if k != "step"}, step=int(values["step"]))
+
+    def say(self, message: str) -> None:
+        self.runner.progression.say(f"  {message}")
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+class _Runner:
+    def __init__(self, job: Job, plans: dict[str, Plan], out: Path, data_dir: Path | None, device: str, progression: Progression) -> None:
+        self.job, self.plans, self.out, self.data_dir, self.device = job, plans, out, data_dir, device
+        self.progression = progression
+        self.journal = Journal(out)
+        self.cache_root = cache_folder()
+        self.cache = StageCache(self.cache_root or out / ".cache")
+        self.data: dict[str, Data] = {}
+
+    def run(self, event: str) -> Receipt:
+        job = self.job
+        self.journal.event(event, job=job.name, scale=job.scale)
+        variants = {name: Variant() for name in self.plans}
+        metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.plans}
+        spent: dict[str, list[float]] = {name: [] for name in self.plans}
+        try:
+            for seed in job.seeds:
+                for name, plan in self.plans.items():
+                    try:
+                        arm = self._arm(plan, seed)
+                    except Diverged as error:
+                        if job.on_divergence == "stop":
+                            raise
+                        self.progression.end(f"  {error}")
+                        variants[name].diverged.append(seed)
+                        continue
+                    for metric, value in arm.metrics.items():
+                        if "." in metric:
+                            metrics[name].setdefault(metric, {})[str(seed)] = value
+                    if job.claim is not None:
+                        variants[name].values[str(seed)] = self._claimed(arm, job.claim.metric, name)
+                    spent[name].append(arm.seconds)
+                    variants[name].params = arm.params
+                    variants[name].peak_bytes = max(variants[name].peak_bytes, arm.peak_bytes)
+        except KeyboardInterrupt:
+            self.progression.end("")
+            self.journal.event("run-stopped")
+            raise
+        except BaseException as error:
+            self.progression.end("")
+            self.journal.event("stage-failed", message=f"{type(error).__name__}: {error}")
+            raise
+        for name, seconds in spent.items():
+            variants[name].seconds = round(sum(seconds) / max(len(seconds), 1), 3)
+        sources = {s["name"]: s for data in self.data.values() for s in data.sources}
+        receipt = make_receipt(job, variants, metrics, list(sources.values()), self.device)
+        write_json(self.out / "receipt.json", receipt.dump())
+        self.journal.event("run-finished", verdict=receipt.verdict)
+        write_report(self.out)
+        return receipt
+
+    def _claimed(self, arm: _Arm, metric: str, variant: str) -> float:
+        if metric not in arm.metrics:
+            raise BadInput(
+                f"claim.metric: no stage of '{variant}' measured '{metric}'; measured: {', '.join(sorted(arm.metrics)) or 'nothing'}"
+            )
+        return arm.metrics[metric]
+
+    def _arm(self, plan: Plan, seed: int) -> _Arm:
+        data = self._data(plan.data)
+        arm = self._start(plan, data, seed)
+        for stage in plan.stages:
+            title = f"{plan.variant} seed {seed}: {stage.name}"
+            key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine()])
+            labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
+            result = self.cache.find(key) if stage.kind != "export" else None
+            reused = result is not None
+            if result is None:
+                self.journal.event("stage-started", **labels)
+                result = self._execute(stage, arm, data, seed, key, plan, title)
+            else:
+                for line in result.curve:
+                    self.journal.metrics(plan.variant, seed, stage.name, line)
+            if result.model is not None:
+                folder = result.model
+                arm.key, arm.make = key, lambda folder=folder: load(folder, device=self.device)
+            for metric, value in result.findings.get("metrics", {}).items():
+                # The plain name is the latest stage's; `stage.metric` tells stages apart that measure the same.
+                arm.metrics |= {metric: value, f"{stage.name}.{metric}": value}
+            arm.seconds += result.seconds
+            arm.peak_bytes = max(arm.peak_bytes, result.peak_bytes)
+            arm.params = (result.after or {}).get("params", arm.params)
+            extra = {k: v for k in ("before", "after", "removed") if (v := getattr(result, k)) is not None}
+            self.journal.event(
+                "stage-finished", **labels, reused=reused, seconds=round(result.seconds, 3), findings=result.findings, **extra
+            )
+            self.progression.end(f"  {title} ({stage.kind}){_spoken(result)}{'  reused' if reused else f'  {result.seconds:.1f} s'}")
+        self._keep_model(plan, seed, arm)
+        return arm
+
+    def _execute(self, stage: Stage, arm: _Arm, data: Data, seed: int, key: str, plan: Plan, title: str) -> Result:
+        place = f"{plan.variant}/seed-{seed}"
+        checkpoints = self.out / "checkpoints" / place / stage.name
+        self.progression.start(title)
+        listener = _Listener(self, plan.variant, seed, stage.name)
+        try:
+            with metered(torch.device(self.device)) as meter:
+                model, result = run_stage(
+                    stage, arm.make(), data, seed, self.device,
+                    checkpoints=checkpoints, exports=self.out / "exports" / place, listener=listener,
+                )  # fmt: skip
+        finally:
+            listener.close()
+        result.seconds, result.peak_bytes = meter.seconds, meter.peak_bytes
+        if stage.kind == "train":
+            result.curve = self.journal.curve(plan.variant, seed, stage.name)
+            # Time of earlier, interrupted attempts is in the last line.
+            result.seconds = max(result.seconds, result.curve[-1].get("seconds", 0.0) if result.curve else 0.0)
+            result.after = size(model)
+        with self.cache.keep(key, result) as folder:
+            if stage.changes_model:
+                save(model, folder / "model", tokenizer=data.tokenizer)
+        if checkpoints.is_dir():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return result
+
+    def _data(self, spec: DataSpec) -> Data:
+        key = digest(dataclasses.asdict(spec))
+        if key not in self.data:
+            self.progression.say(f"  loading {spec.source}")
+            self.data[key] = load_data(spec, self.data_dir, self.cache_root)
+        return self.data[key]
+
+    def _start(self, plan: Plan, data: Data, seed: int) -> _Arm:
+        if isinstance(plan.model, Path):
+            folder = plan.model
+            files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+            return _Arm(digest(["load", files]), lambda: load_any(folder, self.device))
+        spec = filled(plan.model, data)
+        return _Arm(digest(["build", spec_data(spec), seed]), lambda: build(spec, seed, self.device))
+
+    def _engine(self) -> list[Any]:
+        """What else a result depends on: code, library, device, threads."""
+        return [code_version(), torch.__version__, torch.device(self.device).type, torch.get_num_threads()]
+
+    def _keep_model(self, plan: Plan, seed: int, arm: _Arm) -> None:
+        """The arm's final model in the run folder, so that it does not depend on the cache."""
+        if not any(stage.changes_model for stage in plan.stages):
+            return
+        target = self.out / "models" / plan.variant / f"seed-{seed}"
+        source = self.cache.root / arm.key / "model"
+        if not target.is_dir() and source.is_dir():
+            with whole_folder(target) as folder:
+                shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def filled(spec: ModelSpec, data: Data) -> ModelSpec:
+    """A model's description with what the data decides: vocabulary, image size, number of classes."""
+    if data.vocab is not None:
+        spec = spec.with_vocab(data.vocab)
+    embedding, stack, head = spec.embedding, spec.stack, spec.head
+    if isinstance(embedding, PixelSpec):
+        if data.kind != "images":
+            raise BadInput(f"the model reads images but the data is {data.kind}")
+        assert data.size is not None and data.channels is not None
+        embedding = dataclasses.replace(embedding, channels=data.channels, size=data.size)
+        if isinstance(stack, PlainStackSpec):
+            inputs = data.channels * data.size[0] * data.size[1] if embedding.flatten else data.channels
+            stack = dataclasses.replace(stack, inputs=inputs)
+    elif data.kind != "text":
+        raise BadInput(f"the model reads text but the data is {data.kind}")
+    if head is not None and head.kind == "classifier" and head.classes is None:
+        if data.classes is None:
+            raise BadInput("a classifier needs data with labels, or model.head.classes")
+        head = dataclasses.replace(head, classes=data.classes)
+    return dataclasses.replace(spec, embedding=embedding, stack=stack, head=head)
+
+
+def _spoken(result: Result) -> str:
+    words = [f"{k} {v:.4g}" for k, v in result.findings.get("metrics", {}).items()][:4]
+    if result.removed:
+        words.append(f"removed layers {', '.join(map(str, result.removed))}")
+    return "  " + "  ".join(words) if words else ""
+
+
+def _tracker(name: str, out: Path, run_name: str) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+
+    PartialState(cpu=True)
+    try:
+        tracker = TensorBoardTracker(run_name=run_name, logging_dir=str(out / "trackers"))
+        if hasattr(tracker, "start"):
+            tracker.start()
+        return tracker
+    except ImportError as error:
+        raise BadInput(f"the tracker {name} needs a package that is not installed: pip install 'layerwise[trackers]'") from error

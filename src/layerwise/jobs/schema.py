@@ -1,0 +1,308 @@
+"""What a job file may say. `read_job` checks all of it, every variant, before anything is loaded, trained or written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+
+from layerwise.analyze import ANALYSES
+from layerwise.data.spec import DataSpec
+from layerwise.edit import EDITS
+from layerwise.errors import BadInput
+from layerwise.evaluate import EVALUATIONS
+from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.models.presets import preset
+from layerwise.models.spec import ModelSpec
+from layerwise.objectives import OBJECTIVES
+from layerwise.table import nearest, unknown
+from layerwise.train.spec import TrainSpec
+
+Scale = Literal["smoke", "small", "full"]
+TABLES = {"train": OBJECTIVES, "edit": EDITS, "analyze": ANALYSES, "evaluate": EVALUATIONS}
+KINDS = {"train": "objective", "edit": "edit", "analyze": "analysis", "evaluate": "evaluation"}
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Paper(Strict):
+    """The publication behind a system."""
+
+    title: str
+    year: int
+    arxiv: str | None = None
+    authors: str | None = None
+
+
+class Claim(Strict):
+    """What the system says it does better, and on which number.
+
+    Attributes:
+        metric: a metric of one of the stages. direction: which way is better.
+        method, baseline: the variants compared.
+        paper_ratio: method / baseline in the paper, where it gives one.
+    """
+
+    text: str
+    metric: str
+    direction: Literal["lower", "higher"]
+    method: str
+    baseline: str
+    paper_ratio: float | None = None
+
+
+class Relation(Strict):
+    """Two metrics that the paper says go together over all arms and seeds.
+
+    Attributes:
+        x, y: metrics. above: metric -> value it must reach for an arm and seed to be counted.
+    """
+
+    x: str
+    y: str
+    above: dict[str, float] = Field(default_factory=dict)
+
+
+class Generate(Strict):
+    """Options of a generate stage."""
+
+    prompts: list[str] = Field(min_length=1)
+    new: int = Field(64, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Export(Strict):
+    """Options of an export stage."""
+
+    format: Literal["hf", "layerwise"]
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a job.
+
+    Attributes:
+        name: its key. kind: one of `VERBS`. what: the objective, edit, analysis or evaluation.
+        options: of a stage that calls a function. spec: of a stage that trains, generates or exports.
+    """
+
+    name: str
+    kind: str
+    what: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    spec: TrainSpec | Generate | Export | None = None
+
+    @property
+    def changes_model(self) -> bool:
+        return self.kind in ("train", "edit")
+
+    def data(self) -> dict[str, Any]:
+        """Plain data that says exactly what the stage does (its name aside)."""
+        spec = self.spec
+        plain = spec.model_dump() if isinstance(spec, BaseModel) else dataclasses.asdict(spec) if spec is not None else None
+        return {"kind": self.kind, "what": self.what, "options": self.options, "spec": plain}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One variant of a job, complete: data, a model to build or load, stages in order."""
+
+    variant: str
+    data: DataSpec
+    model: ModelSpec | Path
+    stages: tuple[Stage, ...]
+
+
+class Job(Strict):
+    """A job file's content. The parts that variants change stay plain data here; `plans` has them checked."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=80)
+    title: str = ""
+    card: str | None = None
+    family: str | None = None
+    kinds: list[str] = Field(default_factory=list)
+    paper: Paper | None = None
+    claim: Claim | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any]
+    stages: dict[str, dict[str, Any]] = Field(min_length=1)
+    relations: list[Relation] = Field(default_factory=list)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"default": {}}, min_length=1)
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    on_divergence: Literal["stop", "record"] = "stop"
+    trackers: list[Literal["tensorboard"]] = Field(default_factory=list)
+    scales: dict[Scale, dict[str, Any]] = Field(default_factory=dict)
+    scale: Scale = "small"
+    notes: list[str] = Field(default_factory=list)
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) != len(seeds) or any(s < 0 for s in seeds):
+            raise BadInput(f"seeds are distinct numbers >= 0; got {seeds}")
+        return seeds
+
+    def plans(self) -> dict[str, Plan]:
+        """Every variant, checked on its own."""
+        base = {"data": self.data, "model": self.model, "stages": self.stages}
+        return {name: _plan(name, changed(base, self.variants[name], f"variants.{name}")) for name in self.variants}
+
+
+def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, settings: dict[str, Any] | None = None) -> Job:
+    """A job from plain data or a YAML file, at a scale, with settings applied.
+
+    Raises:
+        BadInput: anything in it is wrong; the message gives the path of the key and, for unknown names, the nearest known one.
+    """
+    raw = source if isinstance(source, dict) else read_yaml(source)
+    if scale is not None and scale not in ("smoke", "small", "full"):
+        raise unknown(scale, ("smoke", "small", "full"), "scale")
+    scale = scale or raw.get("scale") or "small"
+    if isinstance(raw.get("scales"), dict):
+        raw = changed(raw, raw["scales"].get(scale) or {}, f"scales.{scale}")
+        raw.pop("scales", None)
+    raw = changed({**raw, "scale": scale}, settings or {}, "--set")
+    if isinstance(raw.get("variants"), dict):
+        # A scale may take a variant out by giving it as null.
+        raw["variants"] = {name: change for name, change in raw["variants"].items() if change is not None}
+    job = parsed(TypeAdapter(Job), raw, "")
+    plans = job.plans()
+    if job.claim is not None:
+        for role in ("method", "baseline"):
+            name = getattr(job.claim, role)
+            if name not in plans:
+                raise BadInput(f"claim.{role}: there is no variant '{name}'.{nearest(name, plans)} Variants: {', '.join(plans)}.")
+    return job
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping; keys may not repeat."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except FileNotFoundError:
+        raise BadInput(f"there is no file {path}") from None
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder; a job is a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BadInput(f"{path} is not YAML: {str(error) or 'nested too deeply'}") from error
+    if not isinstance(value, dict):
+        raise BadInput(f"{path} holds {type(value).__name__}; a job is a mapping with at least name, model and stages")
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader, but a key given twice is an error instead of a silent loss, and aliases cannot blow up."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, str | int | float | bool) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
+            seen.add(str(key) if not isinstance(key, str | int | float | bool) else key)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in job files", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+def parsed(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
+    """`value` validated, with pydantic's complaint turned into one message for a person."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise BadInput(_complaint(error, where)) from error
+    except RecursionError:
+        raise BadInput(f"{where or 'the job'} is nested too deeply") from None
+
+
+def _complaint(error: ValidationError, where: str) -> str:
+    # Of several complaints the first unknown key is the likeliest cause of the others (a missing one, a wrong shape).
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])
+    loc = [str(part) for part in first["loc"] if part not in ("tokens", "pixels", "layers", "plain", "[key]")]
+    place = ".".join([where, *loc] if where else loc) or "the job"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _siblings(error.title, loc)
+        more = f" Known: {', '.join(known)}." if known else ""
+        return f"{place}: unknown key.{nearest(loc[-1], known)}{more}"
+    if first["type"] == "missing":
+        return f"{place}: this key is required"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, dict) or first["type"] == "value_error" else f" (got {str(given)[:80]!r})"
+    return f"{place}: {message}{shown}"
+
+
+def _siblings(title: str, loc: list[str]) -> list[str]:
+    """Names of the fields beside an unknown key."""
+    spec: Any = {"Job": Job, "ModelSpec": ModelSpec, "DataSpec": DataSpec, "TrainSpec": TrainSpec}.get(title)
+    from layerwise.data.spec import AugmentSpec, TokenizerSpec
+    from layerwise.embed.spec import PixelSpec, TokenSpec
+    from layerwise.models.plain_spec import PlainLayerSpec
+    from layerwise.models.spec import HeadSpec
+    from layerwise.optim.spec import OptimizerSpec, ScheduleSpec
+    from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+
+    inner = {
+        "claim": Claim, "paper": Paper, "stack": StackSpec, "decoder": StackSpec, "layer": LayerSpec, "embedding": TokenSpec,
+        "target": TokenSpec, "head": HeadSpec, "optimizer": OptimizerSpec, "schedule": ScheduleSpec, "tokenizer": TokenizerSpec,
+        "augment": AugmentSpec, "linears": LinearSpec, "pixels": PixelSpec, "layers": PlainLayerSpec,
+    }  # fmt: skip
+    for part in loc[:-1]:
+        spec = inner.get(part, PlainLayerSpec if part.isdigit() else spec)
+    if spec is None:
+        return []
+    return list(spec.model_fields) if isinstance(spec, type) and issubclass(spec, BaseModel) else [f.name for f in dataclasses.fields(spec)]
+
+
+def _plan(variant: str, data: dict[str, Any]) -> Plan:
+    stages = tuple(_stage(name, value) for name, value in data["stages"].items())
+    if not stages:
+        raise BadInput(f"variants.{variant}: no stage is left")
+    return Plan(variant, parsed(TypeAdapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
+
+
+def _model(data: dict[str, Any]) -> ModelSpec | Path:
+    if "load" in data:
+        extra = [key for key in data if key != "load"]
+        if extra:
+            raise BadInput(f"model.{extra[0]}: a loaded model brings its own description; give either load or a description")
+        if not isinstance(data["load"], str):
+            raise BadInput(f"model.load: a folder's path is expected; got {data['load']!r}")
+        return Path(data["load"])
+    if "preset" in data:
+        data = merged(preset(str(data["preset"])), {k: v for k, v in data.items() if k != "preset"})
+    return parsed(TypeAdapter(ModelSpec), data, "model")
+
+
+def _stage(name: str, value: Any) -> Stage:
+    where = f"stages.{name}"
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: a stage is a mapping like {{train: causal-lm, steps: 100}}; got {value!r}")
+    verbs = [verb for verb in VERBS if verb in value]
+    if len(verbs) != 1:
+        raise BadInput(f"{where}: a stage has exactly one of {', '.join(VERBS)}; this one has {', '.join(verbs) or 'none'}")
+    kind = verbs[0]
+    what, rest = value[kind], {k: v for k, v in value.items() if k != kind}
+    if kind == "generate":
+        prompts = [what] if isinstance(what, str) else what
+        return Stage(name, kind, "generate", spec=parsed(TypeAdapter(Generate), {"prompts": prompts, **rest}, where))
+    if kind == "export":
+        return Stage(name, kind, str(what), spec=parsed(TypeAdapter(Export), {"format": what, **rest}, where))
+    if not isinstance(what, str) or what not in TABLES[kind]:
+        raise BadInput(f"{where}.{kind}: {unknown(what, TABLES[kind], KINDS[kind])}")
+    if kind == "train":
+        return Stage(name, kind, what, spec=parsed(TypeAdapter(TrainSpec), {"objective": what, **rest}, where))
+    return Stage(name, kind, what, options=rest)

@@ -1,0 +1,70 @@
+"""A model from whatever holds one: our checkpoint, a run folder, a Hugging Face folder, or a preset's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerwise.errors import BadInput
+from layerwise.models.checkpoint import load as load_own
+from layerwise.models.checkpoint import save
+from layerwise.models.hf import export_hf, import_hf
+from layerwise.models.model import Model, build
+from layerwise.models.presets import PRESETS, preset
+from layerwise.models.spec import model_spec
+from layerwise.table import unknown
+
+
+def load_any(source: str | Path, device: str = "cpu", dtype: torch.dtype | None = None, *, seed: int = 0, **overrides: Any) -> Model:
+    """Load a model, or build a preset with fresh weights.
+
+    Args:
+        source: a folder (our checkpoint, a run, or a Hugging Face checkpoint), or a name in `layerwise.models.presets`.
+        overrides: for presets: parts of the model's description, merged over it (`stack={"depth": 2}`).
+
+    Raises:
+        BadInput: there is no such folder or preset, or the folder holds no model.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if overrides:
+            raise BadInput(f"overrides ({', '.join(overrides)}) shape a preset; a loaded model brings its own shape")
+        inner = _run_model(folder)
+        if (inner / "config.json").is_file() and not (inner / "model.json").is_file():
+            return import_hf(inner, device=device, dtype=dtype)
+        return load_own(inner, device=device, dtype=dtype)
+    if str(source) in PRESETS:
+        data = preset(str(source))
+        for key, value in overrides.items():
+            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
+        model = build(model_spec(data), seed, device)
+        return model if dtype is None else model.to(dtype)
+    if "/" in str(source) or folder.suffix:
+        raise BadInput(f"there is no folder {source}")
+    raise unknown(str(source), PRESETS, "folder or preset")
+
+
+def _run_model(folder: Path) -> Path:
+    """The one model of a run folder; any other folder is returned as it is."""
+    if not (folder / "models").is_dir() or not (folder / "job.yaml").is_file():
+        return folder
+    found = sorted(p.parent for p in (folder / "models").glob("*/seed-*/model.json"))
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(str(p.relative_to(folder)) for p in found) or "none"
+    raise BadInput(f"{folder} is a run with {len(found)} models: name one of them ({names})")
+
+
+def export(model: Model, folder: str | Path, *, format: str = "hf", tokenizer: Any = None, dtype: torch.dtype | None = None) -> Path:
+    """Write a model for others: `hf` is a Hugging Face checkpoint, `layerwise` our own format.
+
+    Raises:
+        BadInput: the format is neither, or no Hugging Face family can hold this model.
+    """
+    if format == "hf":
+        return export_hf(model, Path(folder), tokenizer=tokenizer, dtype=dtype)
+    if format == "layerwise":
+        return save(model if dtype is None else model.to(dtype), Path(folder), tokenizer=tokenizer)
+    raise BadInput(f"format is hf or layerwise; got '{format}'")

@@ -1,0 +1,68 @@
+"""Parameter groups by depth, and the optimizer over them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerwise.errors import BadInput
+from layerwise.optim import OPTIMIZERS
+from layerwise.optim.spec import OptimizerSpec
+from layerwise.stack.depth import view
+from layerwise.stack.spec import indices
+from layerwise.table import lookup, nearest
+
+
+def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict[str, Any]]:
+    """Trained parameters in groups of one learning rate and one weight decay, in the model's order.
+
+    Each group carries `lr_scale`, the factor of the scheduled learning rate that its depth gives it. Works on any network
+    whose layers `view` finds; parameters that are frozen are left out.
+    """
+    seen = view(model)
+    depths = seen.depth_of()
+    by_depth = {i: scale for key, scale in spec.depth_lr.items() for i in indices(key, seen.depth)}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = depths[name]
+        scale = spec.layer_decay ** (seen.depth - depth) * by_depth.get(depth, 1.0)
+        decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
+        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        group["params"].append(parameter)
+    if not groups:
+        raise BadInput("nothing to train: every parameter of the model is frozen")
+    return list(groups.values())
+
+
+def check_options(spec: OptimizerSpec) -> None:
+    """Refuse an option that the optimizer does not have."""
+    known = [
+        p for p in inspect.signature(lookup(OPTIMIZERS, spec.name, "optimizer")).parameters if p not in ("params", "lr", "weight_decay")
+    ]
+    for name in spec.options:
+        if name not in known:
+            raise BadInput(f"optimizer '{spec.name}' has no option '{name}'.{nearest(name, known)} It has: {', '.join(known)}")
+
+
+def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """The optimizer of `spec` over `model`'s trained parameters. Sets `initial_lr`, the peak, in every group."""
+    check_options(spec)
+    kind = lookup(OPTIMIZERS, spec.name, "optimizer")
+    options = dict(spec.options)
+    if "fused" in inspect.signature(kind).parameters and not options.get("foreach"):
+        options.setdefault("fused", True)
+    groups = parameter_groups(model, spec)
+    for group in groups:
+        group["initial_lr"] = spec.lr * group["lr_scale"]
+    return kind(groups, lr=spec.lr, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group `factor` times its peak learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor

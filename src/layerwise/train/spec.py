@@ -1,0 +1,67 @@
+"""What a training stage is: plain data, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from layerwise.errors import BadInput
+from layerwise.optim.spec import OptimizerSpec, ScheduleSpec
+from layerwise.stack.spec import FORBID
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """One stage of training.
+
+    Attributes:
+        objective: an entry of `layerwise.objectives.OBJECTIVES`; options are its arguments.
+        steps: optimizer steps. epochs: or passes over the training rows (exactly one of the two).
+        batch: rows of one step over all processes and micro-batches. accumulate: micro-batches it is cut into.
+        optimizer, schedule: see `layerwise.optim.spec`.
+        clip: largest gradient norm; None does not clip.
+        precision: `bf16` runs matrix products in bfloat16 under autocast, weights stay float32.
+        compile: compile every layer with `torch.compile`.
+        policies: what acts on the run from outside, each `{name: ..., option: ...}`; see `layerwise.train.policies`.
+        log_every: steps between logged values. val_every: steps between measurements of the validation loss (0: never),
+            over val_batches batches.
+        checkpoint_every: steps between checkpoints (None: about one a minute).
+        divergence: training stops when the logged loss exceeds this multiple of the first one (None: never).
+    """
+
+    objective: str
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    epochs: float | None = None
+    batch: int = 16
+    accumulate: int = 1
+    optimizer: OptimizerSpec = field(default_factory=OptimizerSpec)
+    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+    clip: float | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    policies: tuple[dict[str, Any], ...] = ()
+    log_every: int = 10
+    val_every: int = 0
+    val_batches: int = 8
+    checkpoint_every: int | None = None
+    divergence: float | None = 3.0
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise BadInput("a training stage needs either steps or epochs")
+        for name in ("steps", "epochs", "batch", "accumulate", "log_every", "checkpoint_every", "clip"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise BadInput(f"{name} must be positive; it is {value}")
+        if self.batch % self.accumulate:
+            raise BadInput(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
+        for policy in self.policies:
+            if "name" not in policy:
+                raise BadInput(f"a policy needs a name: {policy}")
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps of this stage on `rows` training rows."""
+        return self.steps if self.steps is not None else max(1, round((self.epochs or 0) * rows / self.batch))
