@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from layerwise.report.read import Finished, Run
+from layerwise.report.wording import size, went
 
 
 @dataclass
@@ -35,6 +36,17 @@ class Moment:
     after: dict[str, int] = field(default_factory=dict)
     share: float | None = None
     known: bool = True
+
+    def counts(self) -> list[str]:
+        """Layers, parameters and bytes in words, with what changed."""
+        b, a = self.before, self.after
+        layers = went(b.get("layers"), a.get("layers"), str).partition(" (")[0]
+        words = [f"{layers} {'layer' if layers == '1' else 'layers'}"]
+        if "params" in a:
+            words.append(f"{went(b.get('params'), a['params'])} parameters")
+        if "bytes" in a:
+            words.append(went(b.get("bytes"), a["bytes"], size))
+        return words
 
 
 @dataclass

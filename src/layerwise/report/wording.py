@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 VERDICTS = {
@@ -106,8 +107,9 @@ def size(count: float | None) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def change(before: float | None, after: float | None) -> str:
-    """`−25.0 %`; empty when nothing changed or nothing is known."""
-    if not before or after is None or after == before:
-        return ""
-    return f"{(after - before) / before * 100:+.1f} %".replace("-", "−")
+def went(before: float | None, after: float | None, say: Callable[[Any], str] = number) -> str:
+    """`8 → 6 (−25.0 %)`, or the one value where nothing changed or no other is known."""
+    if before is None or after is None or before == after:
+        return say(after if after is not None else before)
+    share = f" ({(after - before) / before * 100:+.1f} %)".replace("-", "−") if before else ""
+    return f"{say(before)} → {say(after)}{share}"

@@ -1,0 +1,89 @@
+"""Corpora that are always there: CPython's documentation and library, scikit-learn's digits."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from layerwise.data.raw import Raw, Rows
+
+BUILTIN = {
+    "docs": "layerwise.data.builtin:docs",
+    "code": "layerwise.data.builtin:code",
+    "digits": "layerwise.data.builtin:digits",
+}
+KINDS = {"docs": "text", "code": "text", "digits": "images"}
+
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "ensurepip", "turtledemo", "config"}
+
+
+def identity() -> str:
+    """What decides the content of the built-in corpora: this interpreter and its libraries."""
+    import sklearn
+
+    return f"{sys.version} {sklearn.__version__}"
+
+
+def docs() -> Raw:
+    """English: CPython's documentation topics, and the docstrings of its library, one document a module."""
+    from pydoc_data.topics import topics
+
+    documents = [topics[name] for name in sorted(topics)]
+    for path in _library():
+        found = "\n\n".join(_docstrings(path))
+        if found:
+            documents.append(found)
+    return Raw("text", "builtin:docs", {"train": Rows(texts=[_clean(d) for d in documents])})
+
+
+def code() -> Raw:
+    """Python: the library's source files, one document a file."""
+    documents = [path.read_text(encoding="utf-8", errors="replace") for path in _library()]
+    return Raw("text", "builtin:code", {"train": Rows(texts=[_clean(d) for d in documents if d.strip()])})
+
+
+def digits() -> Raw:
+    """1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998, through scikit-learn); a tenth is the test split."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    images = np.round(loaded.images / 16 * 255).astype(np.uint8)[:, None]
+    labels = loaded.target.astype(np.int64)
+    # Which images are the test split follows from the images themselves, as in every split here.
+    test = np.array([hashlib.sha256(image.tobytes()).digest()[0] < 26 for image in images])
+    return Raw("images", "builtin:digits", {"train": Rows(images=images[~test], labels=labels[~test]), "test": Rows(images=images[test], labels=labels[test])})
+
+
+def _library() -> Iterator[Path]:
+    """The standard library's source files, sorted."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py"), key=lambda p: p.relative_to(root).as_posix()):
+        parts = path.relative_to(root).parts
+        if not _SKIPPED.intersection(parts) and not any(p.startswith("config-") for p in parts):
+            yield path
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def _clean(text: str) -> str:
+    """Unix line ends, no trailing blanks."""
+    return "\n".join(line.rstrip() for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n")).strip("\n") + "\n"

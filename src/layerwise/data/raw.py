@@ -1,0 +1,65 @@
+"""A source as it was read: texts or images with labels, before splitting and tokenizing."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+
+@dataclass
+class Rows:
+    """Documents or images of one split.
+
+    Attributes:
+        texts: documents. images: (n, c, h, w) uint8. labels: (n,) class numbers, if there are any.
+    """
+
+    texts: list[str] | None = None
+    images: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts) if self.texts is not None else len(self.images) if self.images is not None else 0
+
+    def keys(self) -> list[bytes]:
+        """The content of each row as bytes: what it is split and chosen by."""
+        if self.texts is not None:
+            return [t.encode() for t in self.texts]
+        return [] if self.images is None else [image.tobytes() for image in self.images]
+
+    def take(self, index: np.ndarray) -> Rows:
+        """The rows `index`, in that order."""
+        return Rows(
+            None if self.texts is None else [self.texts[i] for i in index],
+            None if self.images is None else self.images[index],
+            None if self.labels is None else self.labels[index],
+        )
+
+
+@dataclass
+class Raw:
+    """What a source holds: `splits` by the source's own names (train, validation, test)."""
+
+    kind: Literal["text", "images"]
+    name: str
+    splits: dict[str, Rows]
+
+    def sha256(self) -> str:
+        """Digest of all content, labels included."""
+        total = hashlib.sha256()
+        for name, rows in sorted(self.splits.items()):
+            total.update(name.encode())
+            for key in rows.keys():  # noqa: SIM118  not a dict
+                total.update(len(key).to_bytes(8, "big") + key)
+            if rows.labels is not None:
+                total.update(rows.labels.tobytes())
+        return total.hexdigest()
+
+
+def positions(keys: list[bytes], seed: int) -> np.ndarray:
+    """A number in [0, 1) for each row that depends on its content and the seed only, so adding a row moves no other."""
+    mark = str(seed).encode() + b"/"
+    return np.array([int.from_bytes(hashlib.sha256(mark + key).digest()[:7], "big") / 2**56 for key in keys])

@@ -1,0 +1,98 @@
+"""Text to tokens: tokenizers trained on the training split, plain bytes, or a ready file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from layerwise.data.spec import TokenizerSpec
+from layerwise.errors import BadInput
+
+SPECIALS = ("<pad>", "<eos>", "<unk>", "<mask>", "<cls>", "<sep>")
+NAMES = {
+    "pad": ("<pad>", "[PAD]", "<|padding|>"),
+    "eos": ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "[SEP]"),
+    "mask": ("<mask>", "[MASK]"),
+    "cls": ("<cls>", "[CLS]", "<s>"),
+    "sep": ("<sep>", "[SEP]", "</s>"),
+}
+DOCUMENTS_AT_ONCE = 512
+
+
+def make_tokenizer(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
+    """The tokenizer of a spec; `documents` train it where it is trained. Equal documents give an equal tokenizer.
+
+    Special tokens have the first ids, in the order of `SPECIALS`. Byte-level kinds (`bpe`, `bytes`) turn every text into
+    tokens and back without loss.
+    """
+    if spec.kind == "bytes":
+        return _bytes()
+    if spec.kind == "bpe":
+        made = Tokenizer(models.BPE())
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        made.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=spec.vocab, special_tokens=list(SPECIALS), initial_alphabet=_alphabet(), show_progress=False
+        )
+    else:
+        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        made.normalizer = normalizers.BertNormalizer(lowercase=spec.lowercase)
+        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        made.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=spec.vocab, special_tokens=list(SPECIALS), show_progress=False)
+    made.train_from_iterator(documents, trainer)
+    return made
+
+
+def read_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer in a tokenizer.json."""
+    try:
+        return Tokenizer.from_file(path)
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{path} is not a tokenizer: {error}") from error
+
+
+def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """Ids of pad, eos, mask, cls and sep by the names they usually have."""
+    found: dict[str, int | None] = {}
+    for role, names in NAMES.items():
+        ids = [i for n in names if (i := tokenizer.token_to_id(n)) is not None]
+        found[role] = ids[0] if ids else None
+    return found
+
+
+def encoded(tokenizer: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
+    """The ids of each document, without special tokens."""
+    if _is_bytes(tokenizer):
+        for document in documents:
+            yield np.frombuffer(document.encode("utf-8"), dtype=np.uint8).astype(np.uint32) + len(SPECIALS)
+        return
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.uint32)
+
+
+def _alphabet() -> list[str]:
+    """The 256 characters that stand for bytes in the byte-level scheme."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
+def _bytes() -> Tokenizer:
+    """One token a byte: byte b has id b + the number of specials."""
+    # The byte-level scheme shows printable bytes as themselves and the others as code points from 256 on, in order.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    shown = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    vocabulary = {name: i for i, name in enumerate(SPECIALS)} | {shown[b]: len(SPECIALS) + b for b in range(256)}
+    made = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in SPECIALS])
+    return made
+
+
+def _is_bytes(tokenizer: Tokenizer) -> bool:
+    return tokenizer.get_vocab_size() == 256 + len(SPECIALS) and tokenizer.token_to_id("<sep>") == len(SPECIALS) - 1

@@ -1,0 +1,135 @@
+"""Our own checkpoint: the model's description, its tensors in safetensors, its tokenizer, and checksums of all of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.files import check_folder, whole_folder, write_file, write_json
+from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec, model_spec, spec_data
+
+FORMAT = 1
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:
+    """Write `model` to `folder`: the folder holds the whole checkpoint or, after a crash, what it held before.
+
+    Tensors that are one (a layer that stands twice in the stack) are written once.
+
+    Args:
+        tokenizer: a `tokenizers.Tokenizer`, kept as tokenizer.json.
+
+    Raises:
+        BadInput: the folder holds something else than a layerwise checkpoint.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / "model.json").is_file() or not any(folder.iterdir()))):
+        raise BadInput(f"{folder} holds something that is not a layerwise checkpoint: choose another folder")
+    tensors, shared = _distinct(model.state_dict())
+    with whole_folder(folder) as temporary:
+        write_json(temporary / "model.json", {"format": FORMAT, "spec": spec_data(model.spec), "shared": shared})
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            write_file(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
+    """Read what `save` wrote, after checking its checksums.
+
+    Args:
+        dtype: of the floating-point weights (None: as stored).
+
+    Raises:
+        BadInput: there is no checkpoint, a file is damaged, or tensors do not fit the description.
+    """
+    folder = Path(folder)
+    _refuse_pickle(folder)
+    if not (folder / "model.json").is_file():
+        raise BadInput(f"{folder} holds no layerwise checkpoint (no model.json) and no Hugging Face one (no config.json)")
+    check_folder(folder)
+    spec, shared = _description(folder / "model.json")
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
+    return assemble(spec, tensors, shared, dtype, folder)
+
+
+def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype | None, source: Path) -> Model:
+    """A model of that description with those tensors; `shared` says which names are another tensor's second name.
+
+    Raises:
+        BadInput: a tensor is missing, is not expected, or has another shape.
+    """
+    tensors = tensors | {name: tensors[first] for name, first in shared.items() if first in tensors}
+    with torch.device("meta"):
+        model = Model(spec)
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise BadInput(f"{source} does not fit its description: missing {_some(missing)}, unexpected {_some(extra)}")
+    wrong = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(t.shape)}" for n, t in expected.items() if tensors[n].shape != t.shape]
+    if wrong:
+        raise BadInput(f"{source} does not fit its description: {wrong[0]}")
+    if dtype is not None:
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    model.load_state_dict(tensors, assign=True)
+    for name, first in shared.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+    return model.eval()
+
+
+def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Each tensor once, contiguous, and the further names of those that have several."""
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and key in first:
+            shared[name] = first[key]
+        else:
+            first[key] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, shared
+
+
+def _description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
+    try:
+        data = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise BadInput(f"{path} has format {data['format']}; this version of layerwise reads format {FORMAT}")
+        return model_spec(data["spec"]), dict(data.get("shared", {}))
+    except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f"{path} is not a model's description: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}")
+    pickles = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+    if pickles and not any(folder.glob("*.safetensors")):
+        raise BadInput(
+            f"{folder} holds only pickle files ({pickles[0]}), which can run code when they are read. Convert them once where you trust them: "
+            "transformers' AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5]) or "none"
+    return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
