@@ -21,7 +21,19 @@ BUILTIN = {
 }
 KINDS = {"docs": "text", "code": "text", "digits": "images"}
 
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data", "ensurepip", "turtledemo", "config"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+    "ensurepip",
+    "turtledemo",
+    "config",
+}
 
 
 def identity() -> str:
@@ -58,7 +70,11 @@ def digits() -> Raw:
     labels = loaded.target.astype(np.int64)
     # Which images are the test split follows from the images themselves, as in every split here.
     test = np.array([hashlib.sha256(image.tobytes()).digest()[0] < 26 for image in images])
-    return Raw("images", "builtin:digits", {"train": Rows(images=images[~test], labels=labels[~test]), "test": Rows(images=images[test], labels=labels[test])})
+    return Raw(
+        "images",
+        "builtin:digits",
+        {"train": Rows(images=images[~test], labels=labels[~test]), "test": Rows(images=images[test], labels=labels[test])},
+    )
 
 
 def _library() -> Iterator[Path]:

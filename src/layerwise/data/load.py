@@ -138,7 +138,10 @@ def load_data(spec: DataSpec, data_dir: Path | None = None, cache_dir: Path | No
     try:
         check_folder(folder)
         kept = json.loads((folder / "meta.json").read_text())
-        arrays = {s: {n: np.load(folder / f"{s}.{n}.npy", mmap_mode="r", allow_pickle=False) for n in names} for s, names in kept["arrays"].items()}
+        arrays = {
+            s: {n: np.load(folder / f"{s}.{n}.npy", mmap_mode="r", allow_pickle=False) for n in names}
+            for s, names in kept["arrays"].items()
+        }
         return _assembled(spec, kept["meta"], arrays, data_dir)
     except (BadInput, OSError, ValueError, KeyError):
         meta, arrays = _prepare(spec, data_dir)
@@ -156,7 +159,12 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
     raw = read_source(spec, data_dir)
     splits = _split(raw, spec)
     sources = [{"name": raw.name, "sha256": raw.sha256()}]
-    meta: dict[str, Any] = {"kind": raw.kind, "sources": sources, "tokenizer": None, "fingerprint": digest([LAYOUT, dataclasses.asdict(spec), sources])}
+    meta: dict[str, Any] = {
+        "kind": raw.kind,
+        "sources": sources,
+        "tokenizer": None,
+        "fingerprint": digest([LAYOUT, dataclasses.asdict(spec), sources]),
+    }
     labels = [rows.labels for rows in splits.values() if rows.labels is not None]
     meta["classes"] = int(max(part.max() for part in labels if len(part))) + 1 if labels else None
     if raw.kind == "images":

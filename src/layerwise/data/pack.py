@@ -17,7 +17,9 @@ def packed(documents: Iterable[np.ndarray], length: int, eos: int | None, vocab:
     return flat[: rows * length].reshape(rows, length)
 
 
-def padded(documents: Iterable[np.ndarray], length: int, pad: int, cls: int | None, sep: int | None, vocab: int) -> tuple[np.ndarray, np.ndarray]:
+def padded(
+    documents: Iterable[np.ndarray], length: int, pad: int, cls: int | None, sep: int | None, vocab: int
+) -> tuple[np.ndarray, np.ndarray]:
     """One document a row, cut or padded on the right, between cls and sep where there are: ids and lengths."""
     small = np.uint16 if vocab <= 1 << 16 else np.uint32
     before, after = ([] if i is None else [i] for i in (cls, sep))

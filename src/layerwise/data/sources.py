@@ -100,7 +100,9 @@ def _kind(source: str) -> tuple[str, str]:
             raise BadInput(f"data.source '{source}' names nothing after '{head}:'")
         return head, rest
     if colon:
-        raise BadInput(f"data.source '{source}': '{head}' is not a kind of source.{nearest(head, ('builtin', 'path', 'hub'))} Known: builtin:, path:, hub:")
+        raise BadInput(
+            f"data.source '{source}': '{head}' is not a kind of source.{nearest(head, ('builtin', 'path', 'hub'))} Known: builtin:, path:, hub:"
+        )
     return "named", source
 
 
@@ -109,11 +111,15 @@ def _named(name: str, data_dir: Path | None) -> Path:
     if not name or Path(name).name != name or name in (".", ".."):
         raise BadInput(f"data.source '{name}' is not a set's name; for files write path:{name}")
     if data_dir is None:
-        raise BadInput(f"'{name}' is a public set that layerwise does not bring along: say where it lies with --data-dir (it looks for DIR/{name}/)")
+        raise BadInput(
+            f"'{name}' is a public set that layerwise does not bring along: say where it lies with --data-dir (it looks for DIR/{name}/)"
+        )
     if not (data_dir / name).is_dir():
         have = [p.name for p in data_dir.iterdir() if p.is_dir()] if data_dir.is_dir() else []
         hint = nearest(name, have)
-        raise BadInput(f"there is no set '{name}' in {data_dir}.{hint} Put its files (train.parquet, train.txt, ...) into {data_dir / name}/")
+        raise BadInput(
+            f"there is no set '{name}' in {data_dir}.{hint} Put its files (train.parquet, train.txt, ...) into {data_dir / name}/"
+        )
     return data_dir / name
 
 
@@ -123,10 +129,14 @@ def _files(path: Path) -> list[Path]:
         raise BadInput(f"data.source: there is no file or folder {path}")
     if path.is_file():
         if path.suffix.lower() not in SUFFIXES:
-            raise BadInput(f"data.source: {path.name} is of a kind layerwise does not read; it reads {', '.join(sorted(SUFFIXES))} and image folders")
+            raise BadInput(
+                f"data.source: {path.name} is of a kind layerwise does not read; it reads {', '.join(sorted(SUFFIXES))} and image folders"
+            )
         found = [path]
     else:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (*SUFFIXES, *IMAGES) and not p.name.startswith("."))
+        found = sorted(
+            p for p in path.rglob("*") if p.is_file() and p.suffix.lower() in (*SUFFIXES, *IMAGES) and not p.name.startswith(".")
+        )
         tables = [p for p in found if SUFFIXES.get(p.suffix.lower()) in ("parquet", "csv", "json")]
         texts = [p for p in found if SUFFIXES.get(p.suffix.lower()) == "text" and p.suffix != ".md"]
         pictures = [p for p in found if p.suffix.lower() in IMAGES]
@@ -209,7 +219,9 @@ def _from_tables(name: str, tables: Any, spec: DataSpec) -> Raw:
             kind = "text"
             splits[split] = Rows(texts=[str(t) for t in table[columns["text"]]], labels=labels)
         else:
-            raise BadInput(f"{name} has neither a text nor an image column but {', '.join(have)}: name it with data.columns, e.g. {{text: {have[0]}}}")
+            raise BadInput(
+                f"{name} has neither a text nor an image column but {', '.join(have)}: name it with data.columns, e.g. {{text: {have[0]}}}"
+            )
     return Raw(kind, name, splits)
 
 
@@ -239,7 +251,9 @@ def _decoded(table: Any, column: str, name: str) -> np.ndarray:
             raise BadInput(f"{name}: image {len(arrays)} cannot be decoded: {error}") from error
     shapes = {a.shape for a in arrays}
     if len(shapes) > 1:
-        raise BadInput(f"{name}: images have {len(shapes)} different sizes ({sorted(shapes)[0]}, {sorted(shapes)[1]}, ...); resize them to one first")
+        raise BadInput(
+            f"{name}: images have {len(shapes)} different sizes ({sorted(shapes)[0]}, {sorted(shapes)[1]}, ...); resize them to one first"
+        )
     stacked = np.stack(arrays)
     return stacked[:, None] if stacked.ndim == 3 else np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))
 

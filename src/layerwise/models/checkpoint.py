@@ -54,7 +54,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         BadInput: there is no checkpoint, a file is damaged, or tensors do not fit the description.
     """
     folder = Path(folder)
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     if not (folder / "model.json").is_file():
         raise BadInput(f"{folder} holds no layerwise checkpoint (no model.json) and no Hugging Face one (no config.json)")
     check_folder(folder)
@@ -79,7 +79,7 @@ def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str]
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
-        raise BadInput(f"{source} does not fit its description: missing {_some(missing)}, unexpected {_some(extra)}")
+        raise BadInput(f"{source} does not fit its description: missing {some(missing)}, unexpected {some(extra)}")
     wrong = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(t.shape)}" for n, t in expected.items() if tensors[n].shape != t.shape]
     if wrong:
         raise BadInput(f"{source} does not fit its description: {wrong[0]}")
@@ -119,7 +119,7 @@ def _description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
         raise BadInput(f"{path} is not a model's description: {str(error).splitlines()[0]}") from error
 
 
-def _refuse_pickle(folder: Path) -> None:
+def refuse_pickle(folder: Path) -> None:
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
     pickles = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
@@ -130,6 +130,6 @@ def _refuse_pickle(folder: Path) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     shown = ", ".join(names[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

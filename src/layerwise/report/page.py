@@ -42,7 +42,16 @@ def write_inspect_page(findings: dict[str, Any], out: Path, title: str, subtitle
     stage = Finished("model", "", "inspect", "analyze", "inspect", findings=finite(findings))
     data = {"variants": [{"name": "model", "colour": 0}], "seeds": [""], "stages": ["inspect"], **_found([stage], {})}
     metrics = {name: wording.number(value) for name, value in (findings.get("metrics") or {}).items()}
-    page = _rendered({"title": title, "subtitle": subtitle, "inspected": True, "metrics": metrics, "notes": list(findings.get("notes") or []), "data": data})
+    page = _rendered(
+        {
+            "title": title,
+            "subtitle": subtitle,
+            "inspected": True,
+            "metrics": metrics,
+            "notes": list(findings.get("notes") or []),
+            "data": data,
+        }
+    )
     return write_file(out, page)
 
 
@@ -158,7 +167,10 @@ def layer_label(index: Any, depth: int | None) -> str:
 def _metric_rows(values: dict[str, dict[str, dict[str, float]]], variants: list[str]) -> list[dict[str, Any]]:
     """Mean over seeds of every metric by variant."""
     return [
-        {"metric": metric, "cells": [(sum(seeds.values()) / len(seeds), len(seeds)) if (seeds := of.get(name)) else None for name in variants]}
+        {
+            "metric": metric,
+            "cells": [(sum(seeds.values()) / len(seeds), len(seeds)) if (seeds := of.get(name)) else None for name in variants],
+        }
         for metric, of in values.items()
     ]
 
@@ -172,7 +184,11 @@ def _timeline(run: Run) -> list[dict[str, Any]]:
             done = [s for s in run.stages if s.stage == name and s.variant == variant]
             times = [s.seconds for s in done if s.seconds is not None]
             if done:
-                cells[variant] = {"seconds": sum(times) / len(times) if times else None, "seeds": len(done), "reused": sum(s.reused for s in done)}
+                cells[variant] = {
+                    "seconds": sum(times) / len(times) if times else None,
+                    "seeds": len(done),
+                    "reused": sum(s.reused for s in done),
+                }
         kinds = list(dict.fromkeys((s.kind, s.name) for s in run.stages if s.stage == name))
         lines.append({"stage": name, "kinds": kinds, "cells": cells})
     longest = max((c["seconds"] or 0.0 for line in lines for c in line["cells"].values()), default=0.0)

@@ -12,7 +12,10 @@ VERDICTS = {
     "diverged": ("Fails", "Training of the claimed method diverged, so it cannot be better here."),
     "inconclusive": ("Inconclusive", "The 95 % interval of the difference, paired seed by seed, includes zero: these seeds cannot tell."),
     "seeds": ("Inconclusive", "With fewer than two paired seeds there is no interval, so nothing can be said about the claim."),
-    "smoke": ("Claims nothing", "A smoke run takes seconds and only shows that the path works. The numbers below mean nothing beyond that."),
+    "smoke": (
+        "Claims nothing",
+        "A smoke run takes seconds and only shows that the path works. The numbers below mean nothing beyond that.",
+    ),
     "pending": ("No verdict yet", "The verdict is computed from all seeds when the run has finished."),
     "none": ("No claim", "This job measures and shows; it does not claim that one variant is better than another."),
 }

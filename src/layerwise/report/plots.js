@@ -1,0 +1,277 @@
+"use strict";
+// Figures: plain functions from numbers and a theme to what Plotly draws. They keep no state and touch no document.
+
+const Plots = (() => {
+  const NARROW = 560;
+  const FONT = '-apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif';
+
+  // Plotly reads some markup in texts; names of variants, metrics and layers are only ever text.
+  const safe = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+  // Four significant digits, thousands in groups, a real minus sign: the same rule as in wording.py.
+  function number(value) {
+    if (value === null || value === undefined) return "–";
+    if (typeof value !== "number") return String(value);
+    if (!Number.isFinite(value)) return "–";
+    const size = Math.abs(Number(value.toPrecision(4)));
+    let text;
+    if (Number.isInteger(value) && size < 1e15) text = value.toLocaleString("en-US");
+    else if (size >= 1e-3 && size < 1e15) {
+      const digits = Math.max(3 - Math.floor(Math.log10(size)), 0);
+      text = value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    } else text = value.toExponential(3).replace("e+", "e");
+    return text.replace(/-/g, "−");
+  }
+
+  const finite = (values) => values.filter((v) => typeof v === "number" && Number.isFinite(v));
+  const least = (values) => values.reduce((a, b) => (b < a ? b : a), Infinity);
+  const most = (values) => values.reduce((a, b) => (b > a ? b : a), -Infinity);
+  const shorter = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
+
+  const axis = (theme, more = {}) => ({
+    gridcolor: theme.rule, linecolor: theme.axis, zeroline: false, ticks: "", tickfont: { color: theme.soft, size: 12 }, automargin: true, fixedrange: true,
+    ...more,
+    title: { text: safe(more.title || ""), font: { color: theme.soft, size: 13 }, standoff: 10 },
+  });
+
+  const layout = (theme, more = {}) => ({
+    autosize: true, showlegend: false, hovermode: "closest", dragmode: false, separators: ".,",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: FONT, size: 13, color: theme.ink },
+    hoverlabel: { bgcolor: theme.sheet, bordercolor: theme.axis, font: { family: FONT, size: 13, color: theme.ink }, align: "left" },
+    ...more, margin: { l: 4, r: 12, t: 8, b: 8, ...more.margin },
+  });
+
+  const note = (theme, text, more) => ({ text, showarrow: false, font: { size: 12, color: theme.soft }, xref: "paper", yref: "paper", ...more });
+  const colourOf = (theme, variant) => theme.variants[variant.colour % theme.variants.length];
+  const dashOf = (variant) => ["solid", "dash", "dot", "dashdot"][Math.floor(variant.colour / 8) % 4];
+
+  // Dots for seeds, a bar for the interval, an upright mark for the mean; every row at its own height.
+  function dots(theme, rows) {
+    const traces = [];
+    rows.forEach((row, i) => {
+      const y = rows.length - 1 - i;
+      const spread = row.points.length > 1 ? 0.3 / (row.points.length - 1) : 0;
+      const said = (text) => `${safe(row.name)}<br>${text}`;
+      if (row.ci) {
+        traces.push({ type: "scatter", mode: "lines", x: row.ci, y: [y, y], line: { color: row.colour, width: 9 }, opacity: 0.28, hoverinfo: "text",
+          text: said(`95 % interval ${number(row.ci[0])} to ${number(row.ci[1])}`) });
+      }
+      traces.push({ type: "scatter", mode: "markers", x: row.points.map((p) => p.value),
+        y: row.points.map((_, k) => y + (row.points.length > 1 ? 0.15 - k * spread : 0)), hoverinfo: "text",
+        text: row.points.map((p) => said(`seed ${safe(p.seed)}: ${number(p.value)}`)),
+        marker: { color: row.colour, size: 9, opacity: 0.8, line: { color: theme.paper, width: 1 } } });
+      if (row.mean !== null && row.mean !== undefined) {
+        traces.push({ type: "scatter", mode: "markers", x: [row.mean], y: [y], hoverinfo: "text", text: said(`mean ${number(row.mean)}`),
+          marker: { symbol: "line-ns-open", color: row.colour, size: 24, line: { width: 3, color: row.colour } } });
+      }
+    });
+    return traces;
+  }
+
+  function result(theme, rows, label, width) {
+    const narrow = width < NARROW;
+    const high = narrow ? 56 : 46;
+    const above = rows.map((row, i) => note(theme, safe(shorter(row.name, Math.floor(width / 8))), {
+      xref: "paper", x: 0, xanchor: "left", yref: "y", y: rows.length - 1 - i + 0.24, yanchor: "bottom", font: { size: 13, color: theme.ink } }));
+    return {
+      data: dots(theme, rows),
+      layout: layout(theme, {
+        height: rows.length * high + 66,
+        annotations: narrow ? above : [],
+        xaxis: axis(theme, { title: label, showline: true, nticks: narrow ? 5 : 9 }),
+        yaxis: axis(theme, { range: [-0.55, rows.length - 0.45], showgrid: false, tickvals: rows.map((_, i) => rows.length - 1 - i),
+          ticktext: rows.map((row) => safe(shorter(row.name, 34)) + "  "), showticklabels: !narrow, tickfont: { color: theme.ink, size: 13 } }),
+      }),
+    };
+  }
+
+  // The paired difference: zero in sight, the claimed side shaded and named.
+  function difference(theme, delta, colour, width) {
+    const points = Object.entries(delta.pairs).map(([seed, value]) => ({ seed, value }));
+    const all = finite([0, delta.mean, ...(delta.ci95 || []), ...points.map((p) => p.value)]);
+    const pad = (most(all) - least(all) || 1) * 0.12;
+    const range = [least(all) - pad, most(all) + pad];
+    const lower = delta.direction === "lower";
+    // With zero near the edge the claimed side would be a sliver: make it wide enough to be seen.
+    const side = (range[1] - range[0]) * 0.18;
+    if (lower) range[0] = Math.min(range[0], -side);
+    else range[1] = Math.max(range[1], side);
+    const rows = [{ name: `${delta.method} minus ${delta.baseline}`, colour, points, mean: delta.mean, ci: delta.ci95 }];
+    const words = width < NARROW ? "better" : `${safe(shorter(delta.method, 24))} better`;
+    return {
+      data: dots(theme, rows),
+      layout: layout(theme, {
+        height: 142, margin: { t: 26 },
+        shapes: [
+          { type: "rect", xref: "x", yref: "paper", x0: lower ? range[0] : 0, x1: lower ? 0 : range[1], y0: 0, y1: 1, fillcolor: theme.shade, line: { width: 0 }, layer: "below" },
+          { type: "line", xref: "x", yref: "paper", x0: 0, x1: 0, y0: 0, y1: 1, line: { color: theme.ink, width: 1 } },
+        ],
+        annotations: [note(theme, lower ? `← ${words}` : `${words} →`, { x: lower ? 0 : 1, xanchor: lower ? "left" : "right", y: 1, yanchor: "bottom", yshift: 3 })],
+        xaxis: axis(theme, { title: `${delta.metric}: ${width < NARROW ? "difference" : rows[0].name}`, showline: true, range, nticks: width < NARROW ? 5 : 9 }),
+        yaxis: axis(theme, { range: [-0.6, 0.6], showgrid: false, showticklabels: false }),
+      }),
+    };
+  }
+
+  // lines: [{variant, name, seed (null: the mean), x, y}]; marks: [{x, text}] where stages begin.
+  function curves(theme, lines, marks, options) {
+    const data = lines.map((line) => ({
+      type: "scatter", mode: line.x.length === 1 ? "markers" : "lines", x: line.x, y: line.y, connectgaps: false,
+      name: safe(line.seed === null ? line.variant.name : `${line.variant.name}, seed ${line.seed}`),
+      hoverinfo: line.bold ? "text" : "skip", text: line.bold ? line.y.map((y) => `${safe(shorter(line.variant.name, 40))}  ${number(y)}`) : undefined,
+      opacity: line.bold ? 1 : 0.4, line: { color: colourOf(theme, line.variant), width: line.bold ? 2.4 : 1, dash: dashOf(line.variant) },
+      marker: { color: colourOf(theme, line.variant), size: line.bold ? 8 : 5 },
+    }));
+    return {
+      data,
+      layout: layout(theme, {
+        height: options.width < NARROW ? 320 : 420, margin: { t: 30 }, hovermode: "x unified", dragmode: options.fine ? "zoom" : false,
+        shapes: marks.filter((m) => m.x > 0).map((m) => ({ type: "line", xref: "x", yref: "paper", x0: m.x, x1: m.x, y0: 0, y1: 1, line: { color: theme.axis, width: 1, dash: "dot" } })),
+        annotations: [
+          note(theme, safe(options.metric + (options.log ? ", log scale" : "")), { x: 0, xanchor: "left", y: 1, yanchor: "bottom", yshift: marks.length ? 18 : 6, font: { size: 13, color: theme.soft } }),
+          ...marks.map((m) => note(theme, safe(shorter(m.text, 18)), { xref: "x", x: m.x, xanchor: "left", xshift: 3, y: 1, yanchor: "bottom", yshift: 1 })),
+        ],
+        ...(marks.length ? { margin: { t: 46 } } : {}),
+        xaxis: axis(theme, { title: options.axis, showline: true, fixedrange: !options.fine, exponentformat: "SI", hoverformat: ",.6~r", nticks: options.width < NARROW ? 5 : 9, rangemode: "tozero", unifiedhovertitle: undefined }),
+        yaxis: axis(theme, { type: options.log ? "log" : "linear", fixedrange: !options.fine, exponentformat: "power", nticks: 6 }),
+      }),
+    };
+  }
+
+  const colorbar = (theme, narrow, more = {}) => ({
+    thickness: 10, outlinewidth: 0, tickfont: { color: theme.soft, size: 12 }, nticks: 5, exponentformat: "power",
+    ...(narrow ? { orientation: "h", x: 0.5, y: 1, yanchor: "bottom", len: 1.0 } : { len: 1, x: 1.01, xpad: 6 }), ...more,
+  });
+  const scale = (colours) => colours.map((colour, i) => [i / (colours.length - 1), colour]);
+
+  // The colours and limits for values: through a neutral zero when they have both signs.
+  function coloured(theme, values) {
+    const seen = finite(values);
+    const [low, high] = [least(seen), most(seen)];
+    if (low < 0 && high > 0) {
+      const far = Math.max(-low, high);
+      return { colorscale: scale(theme.split), zmin: -far, zmax: far };
+    }
+    return { colorscale: scale(theme.ramp), zmin: low, zmax: high > low ? high : low + (Math.abs(low) || 1) * 1e-9 };
+  }
+
+  function blend(colours, share) {
+    const place = Math.min(Math.max(share, 0), 1) * (colours.length - 1);
+    const i = Math.min(Math.floor(place), colours.length - 2);
+    const channel = (text, k) => parseInt(text.slice(1 + 2 * k, 3 + 2 * k), 16);
+    const mixed = [0, 1, 2].map((k) => Math.round(channel(colours[i], k) + (place - i) * (channel(colours[i + 1], k) - channel(colours[i], k))));
+    return `rgb(${mixed.join(",")})`;
+  }
+
+  const fits = (texts, cell) => cell >= most(texts.map((t) => t.length)) * 6.4 + 8;
+
+  // One strip for each column of a per-layer table, coloured over its own range.
+  function strips(theme, table, width) {
+    const strip = 30, gap = 32, foot = 44;
+    const n = table.columns.length;
+    const inner = n * (strip + gap);
+    const labels = table.layers.map(safe);
+    const data = [], annotations = [], axes = {};
+    table.columns.forEach((column, k) => {
+      const top = 1 - (k * (strip + gap) + gap) / inner;
+      const name = k ? `y${k + 1}` : "y";
+      axes[k ? `yaxis${k + 1}` : "yaxis"] = { domain: [Math.max(top - strip / inner, 0), top], showticklabels: false, showgrid: false, zeroline: false, fixedrange: true, ticks: "" };
+      const texts = column.values.map(number);
+      data.push({ type: "heatmap", x: labels, y: [0], z: [column.values], yaxis: name, xgap: 2, ygap: 0, showscale: false, ...coloured(theme, column.values), hoverinfo: "text",
+        hovertext: [texts.map((text, i) => `${labels[i] === table.layers[i] && /^\d+$/.test(labels[i]) ? "layer " : ""}${labels[i]}<br>${safe(column.name)}: ${text}`)],
+        ...(fits(texts, (width - 16) / labels.length) ? { text: [texts], texttemplate: "%{text}", textfont: { size: 11.5 } } : {}) });
+      const seen = finite(column.values);
+      annotations.push(note(theme, safe(column.name), { x: 0, xanchor: "left", y: top, yanchor: "bottom", yshift: 1, font: { size: 13, color: theme.ink } }));
+      annotations.push(note(theme, seen.length ? `${number(least(seen))} to ${number(most(seen))}` : "", { x: 1, xanchor: "right", y: top, yanchor: "bottom", yshift: 1 }));
+    });
+    return { data, layout: layout(theme, { height: inner + foot, margin: { l: 2, r: 2, t: 0, b: foot }, annotations, ...axes,
+      xaxis: axis(theme, { type: "category", title: "layer", showgrid: false, anchor: n > 1 ? `y${n}` : "y", automargin: false, tickangle: 0 }) }) };
+  }
+
+  // The same columns as small charts, one line for each variant.
+  function profiles(theme, table, width) {
+    const high = 104, gap = 36, foot = 44;
+    const n = table.columns.length;
+    const inner = n * (high + gap);
+    const data = [], annotations = [], axes = {};
+    table.columns.forEach((name, k) => {
+      const top = 1 - (k * (high + gap) + gap) / inner;
+      axes[k ? `yaxis${k + 1}` : "yaxis"] = axis(theme, { domain: [Math.max(top - high / inner, 0), top], nticks: 4, exponentformat: "power" });
+      annotations.push(note(theme, safe(name), { x: 0, xanchor: "left", y: top, yanchor: "bottom", yshift: 6, font: { size: 13, color: theme.ink } }));
+      table.variants.forEach((entry) => {
+        const column = entry.columns.find((c) => c.name === name);
+        if (!column) return;
+        const colour = colourOf(theme, entry.variant);
+        data.push({ type: "scatter", mode: "lines+markers", x: entry.layers.map(safe), y: column.values, yaxis: k ? `y${k + 1}` : "y", hoverinfo: "text",
+          text: column.values.map((v, i) => `${safe(entry.variant.name)}, ${/^\d+$/.test(entry.layers[i]) ? "layer " : ""}${safe(entry.layers[i])}<br>${safe(name)}: ${number(v)}`),
+          line: { color: colour, width: 1.8, dash: dashOf(entry.variant) }, marker: { color: colour, size: 6 } });
+      });
+    });
+    return { data, layout: layout(theme, { height: inner + foot, margin: { l: 4, r: 10, t: 0, b: foot }, annotations, ...axes,
+      xaxis: axis(theme, { type: "category", categoryarray: table.order.map(safe), title: "layer", anchor: n > 1 ? `y${n}` : "y", automargin: false, showgrid: false, tickangle: 0, nticks: width < NARROW ? 9 : 30 }) }) };
+  }
+
+  function matrix(theme, found, width) {
+    const narrow = width < NARROW;
+    const flat = found.values.flat();
+    const texts = found.values.map((row) => row.map((v) => (v === null ? "" : number(v))));
+    const wide = Math.min(width - (narrow ? 60 : 140), 760);
+    const cell = wide / found.x.length;
+    const high = Math.min(Math.max(found.y.length * Math.min(cell, 38), 120), 620);
+    const hover = found.values.map((row, i) => row.map((v, j) => (v === null ? "" : `${safe(found.x_label)} ${safe(found.x[j])}, ${safe(found.y_label)} ${safe(found.y[i])}<br>${number(v)}`)));
+    const shown = fits(texts.flat(), cell) && high / found.y.length >= 18;
+    return {
+      data: [{ type: "heatmap", x: found.x.map(safe), y: found.y.map(safe), z: found.values, xgap: 1, ygap: 1, hoverongaps: false, ...coloured(theme, flat), colorbar: colorbar(theme, narrow),
+        hoverinfo: "text", hovertext: hover, ...(shown ? { text: texts, texttemplate: "%{text}", textfont: { size: 11.5 } } : {}) }],
+      layout: layout(theme, { height: high + (narrow ? 104 : 66), ...(width > 900 ? { width: 900, autosize: false } : {}), margin: { t: narrow ? 40 : 6 },
+        xaxis: axis(theme, { type: "category", title: found.x_label, showgrid: false, tickangle: 0 }), yaxis: axis(theme, { type: "category", title: found.y_label, showgrid: false }) }),
+    };
+  }
+
+  // Decades for a colour bar over logarithms, with halves in between when there are few.
+  function decades(low, high) {
+    const ticks = [];
+    const inside = high - low < 2.5 ? [1, 2, 5] : [1];
+    for (let e = Math.floor(low); e <= Math.ceil(high); e++) {
+      for (const m of inside) if (e + Math.log10(m) >= low - 1e-9 && e + Math.log10(m) <= high + 1e-9) ticks.push(e + Math.log10(m));
+    }
+    return { tickvals: ticks, ticktext: ticks.map((t) => String(Number((10 ** t).toPrecision(2)))) };
+  }
+
+  // series: {labels, x, values[layer][point]}, the lowest layer first.
+  function seriesHeat(theme, series, options) {
+    const narrow = options.width < NARROW;
+    const z = options.log ? series.values.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : series.values;
+    const colours = coloured(theme, z.flat());
+    if (options.log) Object.assign(colours, { colorscale: scale(theme.ramp), zmin: least(finite(z.flat())), zmax: most(finite(z.flat())) });
+    const hover = series.values.map((row, i) => row.map((v, j) => `${/^\d+$/.test(series.labels[i]) ? "layer " : ""}${safe(series.labels[i])}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`));
+    return {
+      data: [{ type: "heatmap", x: series.x, y: series.labels.map(safe), z, ygap: 1, hoverongaps: false, ...colours, hoverinfo: "text", hovertext: hover,
+        colorbar: colorbar(theme, narrow, options.log ? decades(colours.zmin, colours.zmax) : {}) }],
+      layout: layout(theme, { height: Math.min(Math.max(series.labels.length * 26, 150), 640) + (narrow ? 100 : 60), margin: { t: narrow ? 40 : 6 },
+        xaxis: axis(theme, { title: options.axis, showgrid: false, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: "category", title: "layer", showgrid: false }) }),
+    };
+  }
+
+  function seriesLines(theme, series, options) {
+    const narrow = options.width < NARROW;
+    const inner = series.labels.filter((label) => /^\d+$/.test(label));
+    const last = Math.max(inner.length - 1, 1);
+    const data = series.labels.map((label, i) => {
+      const place = inner.indexOf(label);
+      return { type: "scatter", mode: series.x.length === 1 ? "markers" : "lines", x: series.x, y: series.values[i], hoverinfo: "text",
+        text: series.values[i].map((v, j) => `${place >= 0 ? "layer " : ""}${safe(label)}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`),
+        line: place >= 0 ? { color: blend(theme.ramp, 0.3 + (0.7 * place) / last), width: 1.8 } : { color: theme.soft, width: 1.4, dash: label === "head" ? "dot" : "dash" },
+        marker: { color: place >= 0 ? blend(theme.ramp, 0.3 + (0.7 * place) / last) : theme.soft } };
+    });
+    if (inner.length > 1) {
+      data.push({ type: "scatter", mode: "markers", x: [null], y: [null], hoverinfo: "skip", marker: { color: [0], cmin: Number(inner[0]), cmax: Number(inner[last]), showscale: true,
+        colorscale: [0, 0.25, 0.5, 0.75, 1].map((t) => [t, blend(theme.ramp, 0.3 + 0.7 * t)]), colorbar: colorbar(theme, narrow, { title: { text: "layer", font: { size: 12, color: theme.soft } }, tickformat: "d", nticks: Math.min(inner.length, 6) }) } });
+    }
+    return { data, layout: layout(theme, { height: narrow ? 340 : 380, margin: { t: narrow ? 62 : 28 },
+      annotations: [note(theme, safe(options.metric + (options.log ? ", log scale" : "")), { x: 0, xanchor: "left", y: 1, yanchor: "bottom", yshift: narrow ? 42 : 6, font: { size: 13, color: theme.soft } })],
+      xaxis: axis(theme, { title: options.axis, showline: true, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: options.log ? "log" : "linear", exponentformat: "power", nticks: 6 }) }) };
+  }
+
+  return { number, colourOf, result, difference, curves, strips, profiles, matrix, seriesHeat, seriesLines };
+})();
