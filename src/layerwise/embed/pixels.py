@@ -22,5 +22,5 @@ class PixelEmbedding(nn.Module):
         x = (batch["pixel_values"] - self.spec.mean) / self.spec.std
         return x.flatten(1) if self.spec.flatten else x
 
-    def initialize(self, std: float, generator: torch.Generator) -> None:
+    def initialize(self, std: float | None, generator: torch.Generator) -> None:
         """Nothing to draw."""

@@ -79,7 +79,8 @@ class ClassifierHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         return self.out(self.dropout(pooled))
 
-    def initialize(self, std: float, generator: torch.Generator) -> None:
-        nn.init.normal_(self.out.weight, std=std, generator=generator)
+    def initialize(self, std: float | None, generator: torch.Generator) -> None:
+        """Normal weights with the stack's standard deviation; Xavier's (Glorot and Bengio 2010) where it has none."""
+        nn.init.normal_(self.out.weight, std=std or (2 / sum(self.out.weight.shape)) ** 0.5, generator=generator)
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)

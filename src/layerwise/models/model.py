@@ -143,7 +143,7 @@ class Model(nn.Module):
 
     def initialize(self, generator: torch.Generator) -> Model:
         """Fresh weights, in place."""
-        std = getattr(self.spec.stack, "init_std", 0.02)
+        std = getattr(self.spec.stack, "init_std", None)
         for part in (self.embedding, self.target, self.head):
             if part is not None:
                 part.initialize(std, generator)
