@@ -84,7 +84,8 @@ class Layca(torch.optim.Optimizer):
         ]
         before = [p.clone() for p, _ in moved]
         # From zero, the inner step is the proposal itself: no cancellation against weights far larger than it.
-        torch._foreach_zero_([p for p, _ in moved])
+        for parameter, _ in moved:
+            parameter.zero_()
         self.inner.step()
         for (parameter, rho), weight in zip(moved, before, strict=True):
             parameter.copy_(_turn(weight, -parameter, rho, self.eps))

@@ -1,74 +1,11 @@
 "use strict";
-// The page: reads the data inside it, fills the controls, draws, and draws again when something is chosen.
+// The page: every section fills its controls from the data inside the page, draws, and draws again when something is chosen.
 
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const at = (id) => document.getElementById(id);
-  const variants = Object.fromEntries(data.variants.map((v) => [v.name, v]));
+  const { at, drawing, fill, legend, numbers } = Controls;
+  const variants = new Map(data.variants.map((v) => [v.name, v]));
   const MEAN = "mean";
-  const draws = [];
-
-  // --- theme -------------------------------------------------------------------------------------------------------------
-
-  function theme() {
-    const style = getComputedStyle(document.documentElement);
-    const colour = (name) => style.getPropertyValue(name).trim();
-    const list = (name) => colour(name).split(",").map((c) => c.trim());
-    return {
-      ...Object.fromEntries(["ink", "soft", "rule", "axis", "paper", "sheet", "shade"].map((name) => [name, colour(`--${name}`)])),
-      ramp: list("--ramp"), split: list("--split"), variants: [0, 1, 2, 3, 4, 5, 6, 7].map((i) => colour(`--c${i}`)),
-    };
-  }
-
-  function show(name) {
-    document.documentElement.dataset.theme = name;
-    at("theme").setAttribute("aria-pressed", String(name === "dark"));
-    at("theme").textContent = name === "dark" ? "Light page" : "Dark page";
-    drawAll();
-  }
-
-  function chooseTheme() {
-    const current = () => document.documentElement.dataset.theme;
-    let chosen = null;
-    try { chosen = localStorage.getItem("layerwise-theme"); } catch (error) { /* nothing is kept; the choice lasts as long as the page */ }
-    at("theme").addEventListener("click", () => {
-      chosen = current() === "dark" ? "light" : "dark";
-      try { localStorage.setItem("layerwise-theme", chosen); } catch (error) { /* as above */ }
-      show(chosen);
-    });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", (event) => { if (!chosen) show(event.matches ? "dark" : "light"); });
-    let before = null;
-    addEventListener("beforeprint", () => { before = current(); if (before === "dark") show("light"); });
-    addEventListener("afterprint", () => { if (before === "dark") show("dark"); });
-    show(current() || "light");
-  }
-
-  // --- drawing -----------------------------------------------------------------------------------------------------------
-
-  function drawAll() { for (const draw of draws) draw(); }
-
-  function drawing(id, figure, words) {
-    const place = at(id);
-    place.setAttribute("role", "img");
-    const draw = () => {
-      const made = figure(theme(), place.clientWidth);
-      place.setAttribute("aria-label", words());
-      place.hidden = !made;
-      if (made) Plotly.react(place, made.data, made.layout, { displayModeBar: "hover", displaylogo: false, responsive: false, modeBarButtons: [["toImage"]], doubleClick: "reset" });
-    };
-    draws.push(draw);
-    return draw;
-  }
-
-  // Fill a select; with one option there is nothing to choose and it is hidden. Keeps what was chosen where it can.
-  function fill(id, options, wanted) {
-    const select = at(id);
-    const values = options.map((option) => (typeof option === "string" ? { value: option, text: option } : option));
-    const keep = values.some((o) => o.value === select.value) ? select.value : wanted;
-    select.replaceChildren(...values.map(({ value, text }) => new Option(text, value)));
-    if (keep !== undefined && values.some((o) => o.value === keep)) select.value = keep;
-    select.closest(".control").hidden = values.length < 2;
-  }
 
   const unique = (values) => [...new Set(values)];
   const inOrder = (values, order) => order.filter((v) => values.includes(v));
@@ -84,7 +21,7 @@
     const draw = drawing("result-plot", (colours, width) => {
       const metric = at("result-metric").value;
       const claimed = metric === data.claimed;
-      const rows = data.variants.filter((v) => data.values[metric][v.name]).map((v) => {
+      const rows = data.variants.filter((v) => Object.hasOwn(data.values[metric], v.name)).map((v) => {
         const points = Object.entries(data.values[metric][v.name]).map(([seed, value]) => ({ seed, value }));
         const summary = (claimed && data.summary[v.name]) || {};
         return { name: v.name, colour: Plots.colourOf(colours, v), points, mean: summary.mean ?? average(points.map((p) => p.value)), ci: summary.ci95 };
@@ -93,7 +30,7 @@
     }, () => `${at("result-metric").value} of every seed and its mean, by variant`);
     at("result-metric").addEventListener("change", draw);
     if (data.difference && at("difference-plot")) {
-      const method = variants[data.difference.method] || { colour: 0 };
+      const method = variants.get(data.difference.method) || { colour: 0 };
       drawing("difference-plot", (colours, width) => Plots.difference(colours, data.difference, Plots.colourOf(colours, method), width),
         () => `Difference ${data.difference.method} minus ${data.difference.baseline}: ${Plots.number(data.difference.mean)}`);
     }
@@ -182,27 +119,6 @@
     at("curve-smooth").addEventListener("input", draw);
   }
 
-  // Names and colours of variants: buttons that switch a variant on and off, or plain labels.
-  function legend(id, entries, toggle) {
-    at(id).replaceChildren(...entries.map((variant) => {
-      const item = document.createElement(toggle ? "button" : "span");
-      const swatch = document.createElement("i");
-      swatch.className = `swatch c${variant.colour % 8}`;
-      item.append(swatch, variant.name);
-      if (toggle) {
-        item.type = "button";
-        item.setAttribute("aria-pressed", "true");
-        item.addEventListener("click", () => {
-          const on = item.getAttribute("aria-pressed") !== "true";
-          item.setAttribute("aria-pressed", String(on));
-          toggle(variant.name, on);
-        });
-      }
-      return item;
-    }));
-    at(id).hidden = entries.length < 2;
-  }
-
   // --- tables and matrices of stages -------------------------------------------------------------------------------------
 
   // Selectors for things that come from a stage of a variant and a seed: which one, of whom, of which seed.
@@ -215,7 +131,12 @@
       fill(ids[1], inOrder(unique(same().map((t) => t.variant)), data.variants.map((v) => v.name)));
       fill(ids[2], seedOptions(unique(same().filter((t) => t.variant === at(ids[1]).value).map((t) => t.seed))));
     };
+    const named = () => { // with one table there is no selector that says its name
+      at(`${ids[0]}-name`).textContent = at(ids[0]).selectedOptions[0].text;
+      at(`${ids[0]}-name`).hidden = at(ids[0]).options.length > 1;
+    };
     refill();
+    named();
     for (const id of ids) at(id).addEventListener("change", () => { refill(); draw(); });
     return { same, chosen: () => same().filter((t) => t.variant === at(ids[1]).value && isSeed(at(ids[2]).value, t.seed)) };
   }
@@ -231,26 +152,6 @@
       }),
     }));
     return { layers, columns: columns.filter((c) => c.values.some((v) => v !== null)) };
-  }
-
-  function numbers(place, columns, rows) {
-    const table = document.createElement("table");
-    const numeric = columns.map((_, k) => rows.some((row) => typeof row[k] === "number") && rows.every((row) => row[k] === null || k === 0 || typeof row[k] === "number"));
-    const line = (cells, tag, scope) => {
-      const tr = document.createElement("tr");
-      cells.forEach((text, k) => {
-        const cell = document.createElement(k && tag === "td" ? "td" : "th");
-        cell.scope = k && tag === "td" ? "" : scope;
-        if (tag === "td" && k) cell.removeAttribute("scope");
-        if (numeric[k]) cell.className = "n";
-        cell.textContent = text;
-        tr.append(cell);
-      });
-      return tr;
-    };
-    table.createTHead().append(line(columns, "th", "col"));
-    table.createTBody().append(...rows.map((row) => line(row.map(Plots.number), "td", "row")));
-    place.replaceChildren(table);
   }
 
   function layerTables() {
@@ -372,12 +273,12 @@
   if (at("series-plot")) layerSeries();
   if (at("other-numbers")) otherTables();
   contents();
-  chooseTheme();
+  Controls.chooseTheme();
   let width = innerWidth, waiting = 0;
   addEventListener("resize", () => {
     if (innerWidth === width) return;
     width = innerWidth;
     clearTimeout(waiting);
-    waiting = setTimeout(drawAll, 120);
+    waiting = setTimeout(Controls.drawAll, 120);
   });
 })();

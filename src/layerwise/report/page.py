@@ -62,7 +62,7 @@ def _rendered(context: dict[str, Any]) -> bytes:
         **{**context, "data": embedded(context["data"]), "data_has": _has(context["data"])},
         style=Markup((HERE / "style.css").read_text(encoding="utf-8")),
         plotly=Markup(get_plotlyjs()),
-        scripts=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("plots.js", "page.js"))),
+        scripts=Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in ("plots.js", "controls.js", "page.js"))),
     )
     return text.encode("utf-8", errors="replace")
 

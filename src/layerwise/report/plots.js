@@ -41,6 +41,25 @@ const Plots = (() => {
     ...more, margin: { l: 4, r: 12, t: 8, b: 8, ...more.margin },
   });
 
+  // Ticks at 1, 2 or 5 times a power of ten, all with the same decimals.
+  function ticks(range, count) {
+    const rough = (range[1] - range[0]) / count;
+    const power = 10 ** Math.floor(Math.log10(rough));
+    const step = power * [1, 2, 5, 10].find((m) => m * power >= rough * (1 - 1e-9));
+    const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+    const first = Math.ceil(range[0] / step - 1e-9);
+    const tickvals = Array.from({ length: Math.floor(range[1] / step + 1e-9) - first + 1 }, (_, i) => (first + i) * step);
+    const plain = digits <= 6 && most(tickvals.map(Math.abs)) < 1e7;
+    const format = (v) => (plain ? v.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }) : v === 0 ? "0" : v.toExponential(1));
+    return { range, tickvals, ticktext: tickvals.map((v) => format(v).replace(/^-(0[.0]*)$/, "$1").replace(/-/g, "−")) };
+  }
+
+  function padded(values, share) {
+    const [low, high] = [least(values), most(values)];
+    const pad = (high - low || Math.abs(high) || 1) * share;
+    return [low - pad, high + pad];
+  }
+
   const note = (theme, text, more) => ({ text, showarrow: false, font: { size: 12, color: theme.soft }, xref: "paper", yref: "paper", ...more });
   const colourOf = (theme, variant) => theme.variants[variant.colour % theme.variants.length];
   const dashOf = (variant) => ["solid", "dash", "dot", "dashdot"][Math.floor(variant.colour / 8) % 4];
@@ -78,7 +97,7 @@ const Plots = (() => {
       layout: layout(theme, {
         height: rows.length * high + 66,
         annotations: narrow ? above : [],
-        xaxis: axis(theme, { title: label, showline: true, nticks: narrow ? 5 : 9 }),
+        xaxis: axis(theme, { title: label, showline: true, ...ticks(padded(finite(rows.flatMap((r) => [...r.points.map((p) => p.value), ...(r.ci || [])])), 0.05), narrow ? 5 : 10) }),
         yaxis: axis(theme, { range: [-0.55, rows.length - 0.45], showgrid: false, tickvals: rows.map((_, i) => rows.length - 1 - i),
           ticktext: rows.map((row) => safe(shorter(row.name, 34)) + "  "), showticklabels: !narrow, tickfont: { color: theme.ink, size: 13 } }),
       }),
@@ -89,8 +108,7 @@ const Plots = (() => {
   function difference(theme, delta, colour, width) {
     const points = Object.entries(delta.pairs).map(([seed, value]) => ({ seed, value }));
     const all = finite([0, delta.mean, ...(delta.ci95 || []), ...points.map((p) => p.value)]);
-    const pad = (most(all) - least(all) || 1) * 0.12;
-    const range = [least(all) - pad, most(all) + pad];
+    const range = padded(all, 0.12);
     const lower = delta.direction === "lower";
     // With zero near the edge the claimed side would be a sliver: make it wide enough to be seen.
     const side = (range[1] - range[0]) * 0.18;
@@ -107,7 +125,7 @@ const Plots = (() => {
           { type: "line", xref: "x", yref: "paper", x0: 0, x1: 0, y0: 0, y1: 1, line: { color: theme.ink, width: 1 } },
         ],
         annotations: [note(theme, lower ? `← ${words}` : `${words} →`, { x: lower ? 0 : 1, xanchor: lower ? "left" : "right", y: 1, yanchor: "bottom", yshift: 3 })],
-        xaxis: axis(theme, { title: `${delta.metric}: ${width < NARROW ? "difference" : rows[0].name}`, showline: true, range, nticks: width < NARROW ? 5 : 9 }),
+        xaxis: axis(theme, { title: `${delta.metric}: ${width < NARROW ? "difference" : rows[0].name}`, showline: true, ...ticks(range, width < NARROW ? 5 : 10) }),
         yaxis: axis(theme, { range: [-0.6, 0.6], showgrid: false, showticklabels: false }),
       }),
     };
@@ -119,7 +137,7 @@ const Plots = (() => {
       type: "scatter", mode: line.x.length === 1 ? "markers" : "lines", x: line.x, y: line.y, connectgaps: false,
       name: safe(line.seed === null ? line.variant.name : `${line.variant.name}, seed ${line.seed}`),
       hoverinfo: line.bold ? "text" : "skip", text: line.bold ? line.y.map((y) => `${safe(shorter(line.variant.name, 40))}  ${number(y)}`) : undefined,
-      opacity: line.bold ? 1 : 0.4, line: { color: colourOf(theme, line.variant), width: line.bold ? 2.4 : 1, dash: dashOf(line.variant) },
+      opacity: line.bold ? 1 : 0.45, line: { color: colourOf(theme, line.variant), width: line.bold ? 2.4 : 1, dash: dashOf(line.variant) },
       marker: { color: colourOf(theme, line.variant), size: line.bold ? 8 : 5 },
     }));
     return {
@@ -132,7 +150,7 @@ const Plots = (() => {
           ...marks.map((m) => note(theme, safe(shorter(m.text, 18)), { xref: "x", x: m.x, xanchor: "left", xshift: 3, y: 1, yanchor: "bottom", yshift: 1 })),
         ],
         ...(marks.length ? { margin: { t: 46 } } : {}),
-        xaxis: axis(theme, { title: options.axis, showline: true, fixedrange: !options.fine, exponentformat: "SI", hoverformat: ",.6~r", nticks: options.width < NARROW ? 5 : 9, rangemode: "tozero", unifiedhovertitle: undefined }),
+        xaxis: axis(theme, { title: options.axis, showline: true, fixedrange: !options.fine, exponentformat: "SI", hoverformat: ",.6~r", nticks: options.width < NARROW ? 5 : 9, rangemode: "tozero" }),
         yaxis: axis(theme, { type: options.log ? "log" : "linear", fixedrange: !options.fine, exponentformat: "power", nticks: 6 }),
       }),
     };
@@ -145,10 +163,10 @@ const Plots = (() => {
   const scale = (colours) => colours.map((colour, i) => [i / (colours.length - 1), colour]);
 
   // The colours and limits for values: through a neutral zero when they have both signs.
-  function coloured(theme, values) {
+  function coloured(theme, values, plain = false) {
     const seen = finite(values);
-    const [low, high] = [least(seen), most(seen)];
-    if (low < 0 && high > 0) {
+    const [low, high] = seen.length ? [least(seen), most(seen)] : [0, 1];
+    if (!plain && low < 0 && high > 0) {
       const far = Math.max(-low, high);
       return { colorscale: scale(theme.split), zmin: -far, zmax: far };
     }
@@ -163,7 +181,33 @@ const Plots = (() => {
     return `rgb(${mixed.join(",")})`;
   }
 
+  // Texts for the cells of a heat map, each dark or light, whichever stands out from its cell.
+  function written(theme, x, y, values, colours, yaxis) {
+    const at = { x: [], y: [], text: [], colour: [] };
+    values.forEach((row, i) => row.forEach((value, j) => {
+      if (value === null) return;
+      const share = (value - colours.zmin) / (colours.zmax - colours.zmin);
+      const luminance = blend(colours.colorscale.map((c) => c[1]), share).match(/\d+/g).map((c) => ((c / 255 + 0.055) / 1.055) ** 2.4).reduce((sum, c, k) => sum + c * [0.2126, 0.7152, 0.0722][k], 0);
+      at.x.push(x[j]);
+      at.y.push(y[i]);
+      at.text.push(number(value));
+      at.colour.push(luminance > 0.18 ? "#11161c" : "#ffffff");
+    }));
+    return { type: "scatter", mode: "text", x: at.x, y: at.y, text: at.text, textfont: { size: 11.5, color: at.colour }, hoverinfo: "skip", cliponaxis: false, ...(yaxis ? { yaxis } : {}) };
+  }
+
   const fits = (texts, cell) => cell >= most(texts.map((t) => t.length)) * 6.4 + 8;
+
+  const layerName = (label) => (/^\d+$/.test(label) ? `layer ${label}` : safe(label));
+
+  // As many layer labels as fit; the ends keep theirs, shortened where cells are narrow.
+  function layerTicks(labels, cell) {
+    const every = Math.max(1, Math.ceil(26 / cell));
+    const short = { embedding: "emb." };
+    const shown = labels.map((label, i) => i).filter((i) => !/^\d+$/.test(labels[i]) || Number(labels[i]) % every === 0);
+    // Values are names here: a number would count as the layer of that name, not as a place.
+    return { tickangle: 0, tickvals: shown.map((i) => safe(labels[i])), ticktext: shown.map((i) => (cell < 64 && short[labels[i]]) || safe(shorter(labels[i], Math.max(4, Math.floor(cell / 7))))) };
+  }
 
   // One strip for each column of a per-layer table, coloured over its own range.
   function strips(theme, table, width) {
@@ -171,21 +215,23 @@ const Plots = (() => {
     const n = table.columns.length;
     const inner = n * (strip + gap);
     const labels = table.layers.map(safe);
+    const cell = (width - 16) / labels.length;
     const data = [], annotations = [], axes = {};
     table.columns.forEach((column, k) => {
       const top = 1 - (k * (strip + gap) + gap) / inner;
       const name = k ? `y${k + 1}` : "y";
       axes[k ? `yaxis${k + 1}` : "yaxis"] = { domain: [Math.max(top - strip / inner, 0), top], showticklabels: false, showgrid: false, zeroline: false, fixedrange: true, ticks: "" };
       const texts = column.values.map(number);
-      data.push({ type: "heatmap", x: labels, y: [0], z: [column.values], yaxis: name, xgap: 2, ygap: 0, showscale: false, ...coloured(theme, column.values), hoverinfo: "text",
-        hovertext: [texts.map((text, i) => `${labels[i] === table.layers[i] && /^\d+$/.test(labels[i]) ? "layer " : ""}${labels[i]}<br>${safe(column.name)}: ${text}`)],
-        ...(fits(texts, (width - 16) / labels.length) ? { text: [texts], texttemplate: "%{text}", textfont: { size: 11.5 } } : {}) });
+      const colours = coloured(theme, column.values);
+      data.push({ type: "heatmap", x: labels, y: [0], z: [column.values], yaxis: name, xgap: 2, ygap: 0, showscale: false, hoverongaps: false, ...colours, hoverinfo: "text",
+        hovertext: [texts.map((text, i) => `${layerName(table.layers[i])}<br>${safe(column.name)}: ${text}`)] });
+      if (fits(texts, cell)) data.push(written(theme, labels, [0], [column.values], colours, name));
       const seen = finite(column.values);
       annotations.push(note(theme, safe(column.name), { x: 0, xanchor: "left", y: top, yanchor: "bottom", yshift: 1, font: { size: 13, color: theme.ink } }));
       annotations.push(note(theme, seen.length ? `${number(least(seen))} to ${number(most(seen))}` : "", { x: 1, xanchor: "right", y: top, yanchor: "bottom", yshift: 1 }));
     });
     return { data, layout: layout(theme, { height: inner + foot, margin: { l: 2, r: 2, t: 0, b: foot }, annotations, ...axes,
-      xaxis: axis(theme, { type: "category", title: "layer", showgrid: false, anchor: n > 1 ? `y${n}` : "y", automargin: false, tickangle: 0 }) }) };
+      xaxis: axis(theme, { type: "category", title: "layer", showgrid: false, anchor: n > 1 ? `y${n}` : "y", automargin: false, ...layerTicks(table.layers, cell) }) }) };
   }
 
   // The same columns as small charts, one line for each variant.
@@ -203,26 +249,28 @@ const Plots = (() => {
         if (!column) return;
         const colour = colourOf(theme, entry.variant);
         data.push({ type: "scatter", mode: "lines+markers", x: entry.layers.map(safe), y: column.values, yaxis: k ? `y${k + 1}` : "y", hoverinfo: "text",
-          text: column.values.map((v, i) => `${safe(entry.variant.name)}, ${/^\d+$/.test(entry.layers[i]) ? "layer " : ""}${safe(entry.layers[i])}<br>${safe(name)}: ${number(v)}`),
+          text: column.values.map((v, i) => `${safe(entry.variant.name)}, ${layerName(entry.layers[i])}<br>${safe(name)}: ${number(v)}`),
           line: { color: colour, width: 1.8, dash: dashOf(entry.variant) }, marker: { color: colour, size: 6 } });
       });
     });
     return { data, layout: layout(theme, { height: inner + foot, margin: { l: 4, r: 10, t: 0, b: foot }, annotations, ...axes,
-      xaxis: axis(theme, { type: "category", categoryarray: table.order.map(safe), title: "layer", anchor: n > 1 ? `y${n}` : "y", automargin: false, showgrid: false, tickangle: 0, nticks: width < NARROW ? 9 : 30 }) }) };
+      xaxis: axis(theme, { type: "category", categoryorder: "array", categoryarray: table.order.map(safe), title: "layer", anchor: n > 1 ? `y${n}` : "y", automargin: false, showgrid: false, ...layerTicks(table.order, (width - 60) / table.order.length) }) }) };
   }
 
   function matrix(theme, found, width) {
     const narrow = width < NARROW;
     const flat = found.values.flat();
-    const texts = found.values.map((row) => row.map((v) => (v === null ? "" : number(v))));
+    const texts = flat.filter((v) => v !== null).map(number);
+    const colours = coloured(theme, flat);
+    const [x, y] = [found.x.map(safe), found.y.map(safe)];
     const wide = Math.min(width - (narrow ? 60 : 140), 760);
     const cell = wide / found.x.length;
     const high = Math.min(Math.max(found.y.length * Math.min(cell, 38), 120), 620);
     const hover = found.values.map((row, i) => row.map((v, j) => (v === null ? "" : `${safe(found.x_label)} ${safe(found.x[j])}, ${safe(found.y_label)} ${safe(found.y[i])}<br>${number(v)}`)));
-    const shown = fits(texts.flat(), cell) && high / found.y.length >= 18;
+    const shown = fits(texts, cell) && high / y.length >= 18;
     return {
-      data: [{ type: "heatmap", x: found.x.map(safe), y: found.y.map(safe), z: found.values, xgap: 1, ygap: 1, hoverongaps: false, ...coloured(theme, flat), colorbar: colorbar(theme, narrow),
-        hoverinfo: "text", hovertext: hover, ...(shown ? { text: texts, texttemplate: "%{text}", textfont: { size: 11.5 } } : {}) }],
+      data: [{ type: "heatmap", x, y, z: found.values, xgap: 1, ygap: 1, hoverongaps: false, ...colours, colorbar: colorbar(theme, narrow), hoverinfo: "text", hovertext: hover },
+        ...(shown ? [written(theme, x, y, found.values, colours)] : [])],
       layout: layout(theme, { height: high + (narrow ? 104 : 66), ...(width > 900 ? { width: 900, autosize: false } : {}), margin: { t: narrow ? 40 : 6 },
         xaxis: axis(theme, { type: "category", title: found.x_label, showgrid: false, tickangle: 0 }), yaxis: axis(theme, { type: "category", title: found.y_label, showgrid: false }) }),
     };
@@ -242,9 +290,8 @@ const Plots = (() => {
   function seriesHeat(theme, series, options) {
     const narrow = options.width < NARROW;
     const z = options.log ? series.values.map((row) => row.map((v) => (v > 0 ? Math.log10(v) : null))) : series.values;
-    const colours = coloured(theme, z.flat());
-    if (options.log) Object.assign(colours, { colorscale: scale(theme.ramp), zmin: least(finite(z.flat())), zmax: most(finite(z.flat())) });
-    const hover = series.values.map((row, i) => row.map((v, j) => `${/^\d+$/.test(series.labels[i]) ? "layer " : ""}${safe(series.labels[i])}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`));
+    const colours = coloured(theme, z.flat(), options.log);
+    const hover = series.values.map((row, i) => row.map((v, j) => `${layerName(series.labels[i])}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`));
     return {
       data: [{ type: "heatmap", x: series.x, y: series.labels.map(safe), z, ygap: 1, hoverongaps: false, ...colours, hoverinfo: "text", hovertext: hover,
         colorbar: colorbar(theme, narrow, options.log ? decades(colours.zmin, colours.zmax) : {}) }],
@@ -260,7 +307,7 @@ const Plots = (() => {
     const data = series.labels.map((label, i) => {
       const place = inner.indexOf(label);
       return { type: "scatter", mode: series.x.length === 1 ? "markers" : "lines", x: series.x, y: series.values[i], hoverinfo: "text",
-        text: series.values[i].map((v, j) => `${place >= 0 ? "layer " : ""}${safe(label)}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`),
+        text: series.values[i].map((v, j) => `${layerName(label)}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`),
         line: place >= 0 ? { color: blend(theme.ramp, 0.3 + (0.7 * place) / last), width: 1.8 } : { color: theme.soft, width: 1.4, dash: label === "head" ? "dot" : "dash" },
         marker: { color: place >= 0 ? blend(theme.ramp, 0.3 + (0.7 * place) / last) : theme.soft } };
     });
