@@ -71,7 +71,12 @@ def test_masked_lm_scores_the_masked_positions_only(text):
     from layerwise.data.masking import mask_tokens
 
     ids, labels = mask_tokens(
-        batch["input_ids"], rate=0.3, mask_id=text.mask_id, vocab=text.vocab, special_ids=objective.special, generator=torch.Generator().manual_seed(3)
+        batch["input_ids"],
+        rate=0.3,
+        mask_id=text.mask_id,
+        vocab=text.vocab,
+        special_ids=objective.special,
+        generator=torch.Generator().manual_seed(3),
     )
     logits = model({"input_ids": ids}).logits
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", ignore_index=-100)

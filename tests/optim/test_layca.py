@@ -108,7 +108,9 @@ def test_profile_reaches_the_layers_in_order():
     before = [p.detach().clone() for p in net.parameters() if p.dim() >= 2]
     _backward(net)
     Layca(net.parameters(), lr=0.1, alpha=0.6).step()
-    turned = [step_rotation(cosine_distance(a, b.detach())) for a, b in zip(before, [p for p in net.parameters() if p.dim() >= 2], strict=True)]
+    turned = [
+        step_rotation(cosine_distance(a, b.detach())) for a, b in zip(before, [p for p in net.parameters() if p.dim() >= 2], strict=True)
+    ]
     assert turned == pytest.approx([0.1 * 0.4**5, 0.1], rel=1e-4)
 
 

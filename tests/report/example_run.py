@@ -85,13 +85,19 @@ def metrics() -> list[dict[str, Any]]:
                 depth = DEPTH if stage == "pretrain" else DEPTH - len(REMOVED)
                 for step in steps:
                     line = {"variant": variant, "seed": seed, "stage": stage, "step": step, "loss": loss_of(variant, seed, stage, step)}
-                    line |= {"lr": 1e-3 * min(step / 20, 1), "grad_norm": 0.6 + 2 * math.exp(-step / 30) + 0.1 * random.Random(step + seed).random()}
+                    line |= {
+                        "lr": 1e-3 * min(step / 20, 1),
+                        "grad_norm": 0.6 + 2 * math.exp(-step / 30) + 0.1 * random.Random(step + seed).random(),
+                    }
                     line |= {"tokens": step * 2048, "seconds": round(step * 0.19 + 0.01 * seed, 3)}
                     if step % 20 == 0:
                         line["val_loss"] = loss_of(variant, seed, stage, step) + 0.05
                     if step % 10 == 0:
                         line |= {f"rotation/{i}": (1 - math.exp(-step / (60 + 12 * i))) * (0.4 + 0.02 * i) for i in range(depth)}
-                        line |= {f"grad_norm/{i}": (0.02 + 0.3 * math.exp(-i / 2.5)) * (1 + 2 * math.exp(-step / 40)) for i in range(-1, depth + 1)}
+                        line |= {
+                            f"grad_norm/{i}": (0.02 + 0.3 * math.exp(-i / 2.5)) * (1 + 2 * math.exp(-step / 40))
+                            for i in range(-1, depth + 1)
+                        }
                     lines.append(line)
     resumed = [{**line, "loss": line["loss"] + 50} for line in lines[10:14]]  # what a killed attempt had written before
     return [*lines[:10], *resumed, *lines[10:]]
@@ -104,12 +110,17 @@ def layer_table(variant: str, seed: int) -> dict[str, Any]:
         angle = 0.34 * math.exp(-i / 3) + 0.05 + shift / 4 + (0.08 if i == DEPTH - 1 else 0)
         rows.append([i, 198272, 393216, angle, 2.9 - 0.17 * i + shift, 0.05 + 0.4 * math.exp(-i / 2.4) + shift / 10])
     rows.append(["head", 256, 65536, None, None, 0.22 + shift])
-    return {"title": "Layers", "columns": ["layer", "parameters", "FLOPs per token", "angular distance", "attention entropy", "gradient norm"], "rows": rows}
+    return {
+        "title": "Layers",
+        "columns": ["layer", "parameters", "FLOPs per token", "angular distance", "attention entropy", "gradient norm"],
+        "rows": rows,
+    }
 
 
 def matrix(seed: int) -> dict[str, Any]:
     values = [
-        [round(0.36 * math.sqrt(n) * math.exp(-i / 5) + 0.03 + 0.004 * seed, 4) if i + n <= DEPTH else None for i in range(DEPTH)] for n in range(1, DEPTH + 1)
+        [round(0.36 * math.sqrt(n) * math.exp(-i / 5) + 0.03 + 0.004 * seed, 4) if i + n <= DEPTH else None for i in range(DEPTH)]
+        for n in range(1, DEPTH + 1)
     ]
     return {
         "title": "Angular distance of a block", "x_label": "first layer", "y_label": "layers", "x": list(range(DEPTH)), "y": list(range(1, DEPTH + 1)),
@@ -131,10 +142,19 @@ def findings(variant: str, seed: int, stage: str) -> dict[str, Any]:
             "notes": ["Looked at 128 rows of the training split."],
         }  # fmt: skip
     if stage == "quality":
-        return {"metrics": {"val_loss": value(variant, seed), "perplexity": math.exp(value(variant, seed)), "accuracy": 0.47 + 0.001 * seed}}
+        return {
+            "metrics": {"val_loss": value(variant, seed), "perplexity": math.exp(value(variant, seed)), "accuracy": 0.47 + 0.001 * seed}
+        }
     if stage == "write":
-        texts = {"def main(": "args: list[str]) -> int:\n    parser = argparse.ArgumentParser()\n", "The module": " defines the following functions and the\n exceptions that they raise."}
-        return {"tables": [{"title": "Continuations", "columns": ["prompt", "text"], "rows": [[p, t + "." * (seed + 1)] for p, t in texts.items()]}]}
+        texts = {
+            "def main(": "args: list[str]) -> int:\n    parser = argparse.ArgumentParser()\n",
+            "The module": " defines the following functions and the\n exceptions that they raise.",
+        }
+        return {
+            "tables": [
+                {"title": "Continuations", "columns": ["prompt", "text"], "rows": [[p, t + "." * (seed + 1)] for p, t in texts.items()]}
+            ]
+        }
     return {"metrics": {"train_loss": value(variant, seed) - 0.04}}
 
 
@@ -145,7 +165,11 @@ def value(variant: str, seed: int) -> float:
 
 def journal() -> list[dict[str, Any]]:
     kinds = {"pretrain": ("train", "causal-lm", 38.2), "look": ("analyze", "inspect", 2.1), "shrink": ("edit", "drop-layers", 0.9)}
-    kinds |= {"heal": ("train", "causal-lm", 15.3), "quality": ("evaluate", "language-modeling", 1.4), "write": ("generate", "generate", 0.6)}
+    kinds |= {
+        "heal": ("train", "causal-lm", 15.3),
+        "quality": ("evaluate", "language-modeling", 1.4),
+        "write": ("generate", "generate", 0.6),
+    }
     full = {"layers": DEPTH, "params": 1619200, "bytes": 6476800}
     cut = {"layers": DEPTH - len(REMOVED), "params": 1222656, "bytes": 4890624}
     events: list[dict[str, Any]] = [{"event": "run-started", "job": "mix-ln", "scale": "small"}]
@@ -174,7 +198,15 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
         mean = sum(values.values()) / 3
         std = math.sqrt(sum((v - mean) ** 2 for v in values.values()) / 2)
         half = 4.303 * std / math.sqrt(3)
-        arms[name] = {"values": values, "mean": mean, "std": std, "ci95": [mean - half, mean + half], "seconds": 58.5 + i, "params": 1222656, "peak_bytes": 412876800 + i}
+        arms[name] = {
+            "values": values,
+            "mean": mean,
+            "std": std,
+            "ci95": [mean - half, mean + half],
+            "seconds": 58.5 + i,
+            "params": 1222656,
+            "peak_bytes": 412876800 + i,
+        }
     pairs = [value("mix-ln", s) - value("pre-ln", s) for s in SEEDS]
     mean = sum(pairs) / 3
     half = 4.303 * math.sqrt(sum((p - mean) ** 2 for p in pairs) / 2) / math.sqrt(3)
@@ -187,9 +219,17 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
         "difference": {"mean": mean, "ci95": [mean - half, mean + half], "ratio": 0.9796},
         "verdict": "holds",
         "metrics": {
-            name: {m: {str(s): findings(name, s, "quality")["metrics"][m] for s in SEEDS} for m in ("val_loss", "perplexity", "accuracy")} for name in VARIANTS
+            name: {m: {str(s): findings(name, s, "quality")["metrics"][m] for s in SEEDS} for m in ("val_loss", "perplexity", "accuracy")}
+            for name in VARIANTS
         },
-        "environment": {"layerwise": "0.1.0", "torch": "2.9.0", "device": "cpu", "threads": 2, "commit": "cca6bfd01234", "date": "2026-03-04"},
+        "environment": {
+            "layerwise": "0.1.0",
+            "torch": "2.9.0",
+            "device": "cpu",
+            "threads": 2,
+            "commit": "cca6bfd01234",
+            "date": "2026-03-04",
+        },
         "data": [{"name": "builtin:cpython-docs", "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"}],
         "notes": ["The learning rate was the same for all variants."],
     }

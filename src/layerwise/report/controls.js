@@ -45,15 +45,22 @@ const Controls = (() => {
 
   function drawAll() { for (const draw of draws) draw(); }
 
+  // A plot in the place `id`; `figure` makes it for a theme and a width, `words` says what it shows.
   function drawing(id, figure, words) {
     const place = at(id);
     place.setAttribute("role", "img");
+    const save = document.createElement("button");
+    Object.assign(save, { type: "button", className: "save", textContent: "Save as SVG" });
+    save.addEventListener("click", () => Plotly.downloadImage(place, { format: "svg", filename: id, width: place.clientWidth, height: place.clientHeight }));
+    place.after(save);
     const draw = () => {
       place.hidden = false; // so that it has a width
       const made = figure(theme(), place.clientWidth);
       place.setAttribute("aria-label", words());
       place.hidden = !made;
-      if (made) Plotly.react(place, made.data, made.layout, { displayModeBar: "hover", displaylogo: false, responsive: false, modeBarButtons: [["toImage"]], doubleClick: "reset" });
+      save.hidden = !made;
+      save.setAttribute("aria-label", `Save as SVG: ${words()}`);
+      if (made) Plotly.react(place, made.data, made.layout, { displayModeBar: false, responsive: false, doubleClick: "reset" });
     };
     draws.push(draw);
     return draw;
@@ -94,6 +101,7 @@ const Controls = (() => {
   function numbers(place, columns, rows) {
     const table = document.createElement("table");
     const numeric = columns.map((_, k) => rows.some((row) => typeof row[k] === "number") && rows.every((row) => row[k] === null || k === 0 || typeof row[k] === "number"));
+    const format = columns.map((_, k) => Plots.column(rows.map((row) => row[k])));
     const line = (cells, head) => {
       const row = document.createElement("tr");
       cells.forEach((text, k) => {
@@ -106,7 +114,7 @@ const Controls = (() => {
       return row;
     };
     table.createTHead().append(line(columns, true));
-    table.createTBody().append(...rows.map((row) => line(row.map(Plots.number), false)));
+    table.createTBody().append(...rows.map((row) => line(row.map((value, k) => format[k](value)), false)));
     place.replaceChildren(table);
   }
 

@@ -40,10 +40,10 @@ class Moment:
     def counts(self) -> list[str]:
         """Layers, parameters and bytes in words, with what changed."""
         b, a = self.before, self.after
-        layers = went(b.get("layers"), a.get("layers"), str).partition(" (")[0]
+        layers = went(b.get("layers"), a.get("layers"), str).partition(", ")[0]
         words = [f"{layers} {'layer' if layers == '1' else 'layers'}"]
         if "params" in a:
-            words.append(f"{went(b.get('params'), a['params'])} parameters")
+            words.append(went(b.get("params"), a["params"], unit=" parameters"))
         if "bytes" in a:
             words.append(went(b.get("bytes"), a["bytes"], size))
         return words

@@ -57,7 +57,7 @@
       if (ends.length) { offsets[stage] = start; start += Math.max(...ends); }
     }
     const thin = [], bold = [];
-    for (const variant of data.variants.filter((v) => !hidden.has(v.name))) {
+    for (const variant of data.variants.filter((v) => !hidden.has(v.name)).reverse()) { // the first variant lies on top
       const mean = { variant, seed: null, bold: true, x: [], y: [] };
       const seeds = {};
       for (const stage of stages) {
@@ -167,7 +167,7 @@
       at("layer-variant").closest(".control").hidden = lines || at("layer-variant").options.length < 2;
       at("layer-seed").closest(".control").hidden = lines || at("layer-seed").options.length < 2;
       at("layer-caption").textContent = lines
-        ? "Mean over seeds by variant. Layer 0 stands next to the input."
+        ? `${data.seeds.length > 1 ? "Mean over seeds by variant. " : ""}Layer 0 stands next to the input.`
         : "Every row is coloured over its own range, given at its right end; darker is more on a light page, lighter on a dark one. Layer 0 stands next to the input.";
       if (!lines) {
         legend("layer-legend", []);

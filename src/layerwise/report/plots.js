@@ -23,10 +23,22 @@ const Plots = (() => {
     return text.replace(/-/g, "−");
   }
 
+  // Numbers of one column: with the same decimals where that leaves each at least two digits.
+  function column(values) {
+    const seen = finite(values).filter((v) => v !== 0).map(Math.abs);
+    const [low, high] = [least(seen), most(seen)];
+    if (!seen.length || seen.every(Number.isInteger) || high >= 1000 || high < 1e-3 || low < high / 200) return number;
+    const digits = 3 - Math.floor(Math.log10(Number(high.toPrecision(4))));
+    return (v) => (typeof v === "number" ? v.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits }).replace(/-/g, "−") : number(v));
+  }
+
   const finite = (values) => values.filter((v) => typeof v === "number" && Number.isFinite(v));
   const least = (values) => values.reduce((a, b) => (b < a ? b : a), Infinity);
   const most = (values) => values.reduce((a, b) => (b > a ? b : a), -Infinity);
   const shorter = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
+
+  // Large numbers as 200k, small ones as powers of ten.
+  const exponents = (values) => ({ exponentformat: most(finite(values).map(Math.abs)) >= 1e4 ? "SI" : "power" });
 
   const axis = (theme, more = {}) => ({
     gridcolor: theme.rule, linecolor: theme.axis, zeroline: false, ticks: "", tickfont: { color: theme.soft, size: 12 }, automargin: true, fixedrange: true,
@@ -38,7 +50,7 @@ const Plots = (() => {
     autosize: true, showlegend: false, hovermode: "closest", dragmode: false, separators: ".,",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: FONT, size: 13, color: theme.ink },
     hoverlabel: { bgcolor: theme.sheet, bordercolor: theme.axis, font: { family: FONT, size: 13, color: theme.ink }, align: "left" },
-    ...more, margin: { l: 4, r: 12, t: 8, b: 8, ...more.margin },
+    ...more, margin: { l: 4, r: 12, t: 8, b: 46, ...more.margin },
   });
 
   // Ticks at 1, 2 or 5 times a power of ten, all with the same decimals.
@@ -65,7 +77,7 @@ const Plots = (() => {
   const dashOf = (variant) => ["solid", "dash", "dot", "dashdot"][Math.floor(variant.colour / 8) % 4];
 
   // Dots for seeds, a bar for the interval, an upright mark for the mean; every row at its own height.
-  function dots(theme, rows) {
+  function dots(theme, rows, mark = 24) {
     const traces = [];
     rows.forEach((row, i) => {
       const y = rows.length - 1 - i;
@@ -81,7 +93,7 @@ const Plots = (() => {
         marker: { color: row.colour, size: 9, opacity: 0.8, line: { color: theme.paper, width: 1 } } });
       if (row.mean !== null && row.mean !== undefined) {
         traces.push({ type: "scatter", mode: "markers", x: [row.mean], y: [y], hoverinfo: "text", text: said(`mean ${number(row.mean)}`),
-          marker: { symbol: "line-ns-open", color: row.colour, size: 24, line: { width: 3, color: row.colour } } });
+          marker: { symbol: "line-ns-open", color: row.colour, size: mark, line: { width: 3, color: row.colour } } });
       }
     });
     return traces;
@@ -89,17 +101,17 @@ const Plots = (() => {
 
   function result(theme, rows, label, width) {
     const narrow = width < NARROW;
-    const high = narrow ? 56 : 46;
+    const high = narrow ? 62 : 46;
     const above = rows.map((row, i) => note(theme, safe(shorter(row.name, Math.floor(width / 8))), {
-      xref: "paper", x: 0, xanchor: "left", yref: "y", y: rows.length - 1 - i + 0.24, yanchor: "bottom", font: { size: 13, color: theme.ink } }));
+      xref: "paper", x: 0, xanchor: "left", yref: "y", y: rows.length - 1 - i + 0.27, yanchor: "bottom", font: { size: 13, color: theme.ink } }));
     return {
-      data: dots(theme, rows),
+      data: dots(theme, rows, narrow ? 18 : 24),
       layout: layout(theme, {
         height: rows.length * high + 66,
         annotations: narrow ? above : [],
         xaxis: axis(theme, { title: label, showline: true, ...ticks(padded(finite(rows.flatMap((r) => [...r.points.map((p) => p.value), ...(r.ci || [])])), 0.05), narrow ? 5 : 10) }),
-        yaxis: axis(theme, { range: [-0.55, rows.length - 0.45], showgrid: false, tickvals: rows.map((_, i) => rows.length - 1 - i),
-          ticktext: rows.map((row) => safe(shorter(row.name, 34)) + "  "), showticklabels: !narrow, tickfont: { color: theme.ink, size: 13 } }),
+        yaxis: axis(theme, { showgrid: false, tickvals: rows.map((_, i) => rows.length - 1 - i),
+          ticktext: rows.map((row) => safe(shorter(row.name, 34)) + "  "), range: [-0.55, rows.length - (narrow ? 0.3 : 0.45)], showticklabels: !narrow, tickfont: { color: theme.ink, size: 13 } }),
       }),
     };
   }
@@ -136,7 +148,7 @@ const Plots = (() => {
     const data = lines.map((line) => ({
       type: "scatter", mode: line.x.length === 1 ? "markers" : "lines", x: line.x, y: line.y, connectgaps: false,
       name: safe(line.seed === null ? line.variant.name : `${line.variant.name}, seed ${line.seed}`),
-      hoverinfo: line.bold ? "text" : "skip", text: line.bold ? line.y.map((y) => `${safe(shorter(line.variant.name, 40))}  ${number(y)}`) : undefined,
+      hoverinfo: line.bold ? "x+text" : "skip", text: line.bold ? line.y.map((y) => `${safe(shorter(line.variant.name, 40))}  ${number(y)}`) : undefined,
       opacity: line.bold ? 1 : 0.45, line: { color: colourOf(theme, line.variant), width: line.bold ? 2.4 : 1, dash: dashOf(line.variant) },
       marker: { color: colourOf(theme, line.variant), size: line.bold ? 8 : 5 },
     }));
@@ -150,15 +162,15 @@ const Plots = (() => {
           ...marks.map((m) => note(theme, safe(shorter(m.text, 18)), { xref: "x", x: m.x, xanchor: "left", xshift: 3, y: 1, yanchor: "bottom", yshift: 1 })),
         ],
         ...(marks.length ? { margin: { t: 46 } } : {}),
-        xaxis: axis(theme, { title: options.axis, showline: true, fixedrange: !options.fine, exponentformat: "SI", hoverformat: ",.6~r", nticks: options.width < NARROW ? 5 : 9, rangemode: "tozero" }),
-        yaxis: axis(theme, { type: options.log ? "log" : "linear", fixedrange: !options.fine, exponentformat: "power", nticks: 6 }),
+        xaxis: axis(theme, { title: options.axis, showline: true, fixedrange: !options.fine, exponentformat: "SI", unifiedhovertitle: { text: `${options.axis} %{x:,.5~r}` }, nticks: options.width < NARROW ? 5 : 9, rangemode: "tozero" }),
+        yaxis: axis(theme, { type: options.log ? "log" : "linear", fixedrange: !options.fine, ...exponents(lines.flatMap((l) => l.y)), nticks: 7 }),
       }),
     };
   }
 
   const colorbar = (theme, narrow, more = {}) => ({
     thickness: 10, outlinewidth: 0, tickfont: { color: theme.soft, size: 12 }, nticks: 5, exponentformat: "power",
-    ...(narrow ? { orientation: "h", x: 0.5, y: 1, yanchor: "bottom", len: 1.0 } : { len: 1, x: 1.01, xpad: 6 }), ...more,
+    ...(narrow ? { orientation: "h", x: 0.5, y: 1, yanchor: "bottom", len: 1, ypad: 4 } : { len: 1, x: 1.01, xpad: 6 }), ...more,
   });
   const scale = (colours) => colours.map((colour, i) => [i / (colours.length - 1), colour]);
 
@@ -204,7 +216,10 @@ const Plots = (() => {
   function layerTicks(labels, cell) {
     const every = Math.max(1, Math.ceil(26 / cell));
     const short = { embedding: "emb." };
-    const shown = labels.map((label, i) => i).filter((i) => !/^\d+$/.test(labels[i]) || Number(labels[i]) % every === 0);
+    const places = labels.map((label, i) => i);
+    const words = places.filter((i) => !/^\d+$/.test(labels[i]));
+    const crowded = (i) => words.some((j) => Math.abs(i - j) * cell < 34);
+    const shown = places.filter((i) => words.includes(i) || (Number(labels[i]) % every === 0 && !crowded(i)));
     // Values are names here: a number would count as the layer of that name, not as a place.
     return { tickangle: 0, tickvals: shown.map((i) => safe(labels[i])), ticktext: shown.map((i) => (cell < 64 && short[labels[i]]) || safe(shorter(labels[i], Math.max(4, Math.floor(cell / 7))))) };
   }
@@ -242,9 +257,10 @@ const Plots = (() => {
     const data = [], annotations = [], axes = {};
     table.columns.forEach((name, k) => {
       const top = 1 - (k * (high + gap) + gap) / inner;
-      axes[k ? `yaxis${k + 1}` : "yaxis"] = axis(theme, { domain: [Math.max(top - high / inner, 0), top], nticks: 4, exponentformat: "power" });
+      const seen = table.variants.flatMap((entry) => entry.columns.filter((c) => c.name === name).flatMap((c) => c.values));
+      axes[k ? `yaxis${k + 1}` : "yaxis"] = axis(theme, { domain: [Math.max(top - high / inner, 0), top], nticks: 4, ...exponents(seen) });
       annotations.push(note(theme, safe(name), { x: 0, xanchor: "left", y: top, yanchor: "bottom", yshift: 6, font: { size: 13, color: theme.ink } }));
-      table.variants.forEach((entry) => {
+      [...table.variants].reverse().forEach((entry) => { // the first variant lies on top
         const column = entry.columns.find((c) => c.name === name);
         if (!column) return;
         const colour = colourOf(theme, entry.variant);
@@ -271,7 +287,7 @@ const Plots = (() => {
     return {
       data: [{ type: "heatmap", x, y, z: found.values, xgap: 1, ygap: 1, hoverongaps: false, ...colours, colorbar: colorbar(theme, narrow), hoverinfo: "text", hovertext: hover },
         ...(shown ? [written(theme, x, y, found.values, colours)] : [])],
-      layout: layout(theme, { height: high + (narrow ? 104 : 66), ...(width > 900 ? { width: 900, autosize: false } : {}), margin: { t: narrow ? 40 : 6 },
+      layout: layout(theme, { height: high + (narrow ? 104 : 66), ...(width > 900 ? { width: 900, autosize: false } : {}), margin: { t: 6 },
         xaxis: axis(theme, { type: "category", title: found.x_label, showgrid: false, tickangle: 0 }), yaxis: axis(theme, { type: "category", title: found.y_label, showgrid: false }) }),
     };
   }
@@ -295,7 +311,7 @@ const Plots = (() => {
     return {
       data: [{ type: "heatmap", x: series.x, y: series.labels.map(safe), z, ygap: 1, hoverongaps: false, ...colours, hoverinfo: "text", hovertext: hover,
         colorbar: colorbar(theme, narrow, options.log ? decades(colours.zmin, colours.zmax) : {}) }],
-      layout: layout(theme, { height: Math.min(Math.max(series.labels.length * 26, 150), 640) + (narrow ? 100 : 60), margin: { t: narrow ? 40 : 6 },
+      layout: layout(theme, { height: Math.min(Math.max(series.labels.length * 26, 150), 640) + (narrow ? 100 : 60), margin: { t: 6 },
         xaxis: axis(theme, { title: options.axis, showgrid: false, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: "category", title: "layer", showgrid: false }) }),
     };
   }
@@ -308,17 +324,17 @@ const Plots = (() => {
       const place = inner.indexOf(label);
       return { type: "scatter", mode: series.x.length === 1 ? "markers" : "lines", x: series.x, y: series.values[i], hoverinfo: "text",
         text: series.values[i].map((v, j) => `${layerName(label)}, ${safe(options.axis)} ${number(series.x[j])}<br>${safe(options.metric)}: ${number(v)}`),
-        line: place >= 0 ? { color: blend(theme.ramp, 0.3 + (0.7 * place) / last), width: 1.8 } : { color: theme.soft, width: 1.4, dash: label === "head" ? "dot" : "dash" },
-        marker: { color: place >= 0 ? blend(theme.ramp, 0.3 + (0.7 * place) / last) : theme.soft } };
+        line: place >= 0 ? { color: blend(theme.ramp, 0.35 + (0.65 * place) / last), width: 1.8 } : { color: theme.soft, width: 1.4, dash: label === "head" ? "dot" : "dash" },
+        marker: { color: place >= 0 ? blend(theme.ramp, 0.35 + (0.65 * place) / last) : theme.soft } };
     });
     if (inner.length > 1) {
       data.push({ type: "scatter", mode: "markers", x: [null], y: [null], hoverinfo: "skip", marker: { color: [0], cmin: Number(inner[0]), cmax: Number(inner[last]), showscale: true,
-        colorscale: [0, 0.25, 0.5, 0.75, 1].map((t) => [t, blend(theme.ramp, 0.3 + 0.7 * t)]), colorbar: colorbar(theme, narrow, { title: { text: "layer", font: { size: 12, color: theme.soft } }, tickformat: "d", nticks: Math.min(inner.length, 6) }) } });
+        colorscale: [0, 0.25, 0.5, 0.75, 1].map((t) => [t, blend(theme.ramp, 0.35 + 0.65 * t)]), colorbar: colorbar(theme, narrow, { title: { text: "layer", font: { size: 12, color: theme.soft } }, tickformat: "d", nticks: Math.min(inner.length, 6) }) } });
     }
     return { data, layout: layout(theme, { height: narrow ? 340 : 380, margin: { t: narrow ? 62 : 28 },
       annotations: [note(theme, safe(options.metric + (options.log ? ", log scale" : "")), { x: 0, xanchor: "left", y: 1, yanchor: "bottom", yshift: narrow ? 42 : 6, font: { size: 13, color: theme.soft } })],
       xaxis: axis(theme, { title: options.axis, showline: true, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: options.log ? "log" : "linear", exponentformat: "power", nticks: 6 }) }) };
   }
 
-  return { number, colourOf, result, difference, curves, strips, profiles, matrix, seriesHeat, seriesLines };
+  return { number, column, colourOf, result, difference, curves, strips, profiles, matrix, seriesHeat, seriesLines };
 })();

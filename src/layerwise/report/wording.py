@@ -110,9 +110,9 @@ def size(count: float | None) -> str:
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
 
 
-def went(before: float | None, after: float | None, say: Callable[[Any], str] = number) -> str:
-    """`8 → 6 (−25.0 %)`, or the one value where nothing changed or no other is known."""
+def went(before: float | None, after: float | None, say: Callable[[Any], str] = number, unit: str = "") -> str:
+    """`8 → 6, −25.0 %`, or the one value where nothing changed or no other is known."""
     if before is None or after is None or before == after:
-        return say(after if after is not None else before)
-    share = f" ({(after - before) / before * 100:+.1f} %)".replace("-", "−") if before else ""
-    return f"{say(before)} → {say(after)}{share}"
+        return say(after if after is not None else before) + unit
+    share = f", {(after - before) / before * 100:+.1f} %".replace("-", "−") if before else ""
+    return f"{say(before)} → {say(after)}{unit}{share}"

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.files import write_json
 from layerwise.files import whole_folder as whole
+from layerwise.files import write_json
 from layerwise.models.checkpoint import assemble, refuse_pickle, some
 from layerwise.models.hf.family import Family
 from layerwise.models.hf.table import FAMILIES, family_for
