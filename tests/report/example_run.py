@@ -123,9 +123,13 @@ def matrix(seed: int) -> dict[str, Any]:
         for n in range(1, DEPTH + 1)
     ]
     return {
-        "title": "Angular distance of a block", "x_label": "first layer", "y_label": "layers", "x": list(range(DEPTH)), "y": list(range(1, DEPTH + 1)),
+        "title": "Angular distance of a block",
+        "x_label": "first layer",
+        "y_label": "layers",
+        "x": list(range(DEPTH)),
+        "y": list(range(1, DEPTH + 1)),
         "values": values,
-    }  # fmt: skip
+    }
 
 
 def findings(variant: str, seed: int, stage: str) -> dict[str, Any]:
@@ -136,7 +140,11 @@ def findings(variant: str, seed: int, stage: str) -> dict[str, Any]:
             "tables": [
                 layer_table(variant, seed),
                 {"title": "Loss without each layer", "columns": ["layer", "change of loss"], "rows": drop},
-                {"title": "Block that turns the stream least", "columns": ["layers dropped", "first layer", "angular distance"], "rows": [[1, 6, 0.0912], [2, 5, 0.1411], [3, 4, 0.2105]]},
+                {
+                    "title": "Block that turns the stream least",
+                    "columns": ["layers dropped", "first layer", "angular distance"],
+                    "rows": [[1, 6, 0.0912], [2, 5, 0.1411], [3, 4, 0.2105]],
+                },
             ],
             "matrices": [matrix(seed)],
             "notes": ["Looked at 128 rows of the training split."],
@@ -219,9 +227,15 @@ def result(job: dict[str, Any]) -> dict[str, Any]:
         "difference": {"mean": mean, "ci95": [mean - half, mean + half], "ratio": 0.9796},
         "verdict": "holds",
         "metrics": {
-            name: {m: {str(s): findings(name, s, "quality")["metrics"][m] for s in SEEDS} for m in ("val_loss", "perplexity", "accuracy")}
+            name: {
+                f"quality.{m}": {str(s): findings(name, s, "quality")["metrics"][m] for s in SEEDS}
+                for m in ("val_loss", "perplexity", "accuracy")
+            }
             for name in VARIANTS
         },
+        "relations": [
+            {"x": "quality.accuracy", "y": "quality.perplexity", "above": {"quality.accuracy": 0.4705}, "points": 6, "spearman": 0.2571}
+        ],
         "environment": {
             "layerwise": "0.1.0",
             "torch": "2.9.0",

@@ -14,6 +14,20 @@ from layerwise.report import write_inspect_page, write_report
 pytestmark = pytest.mark.browser
 
 
+BEYOND = """Math.max(...[...document.querySelectorAll('.plot')].map(p =>
+    p.querySelector('.main-svg').getBoundingClientRect().right - p.getBoundingClientRect().right))"""
+"""How far a picture reaches beyond its place."""
+
+CUT = """[...document.querySelectorAll('.plot')].flatMap(p => {
+    const box = p.getBoundingClientRect();
+    return [...p.querySelectorAll('text')].filter(t => t.textContent && t.getBoundingClientRect().width).filter(t => {
+        const r = t.getBoundingClientRect();
+        return r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + 1;
+    }).map(t => p.id + ': ' + t.textContent);
+})"""
+"""Texts of pictures that are cut off at an edge."""
+
+
 def figure(page: Any, name: str, what: str) -> Any:
     return page.evaluate(f"(() => {{ const p = document.getElementById('{name}'); return {what}; }})()")
 
@@ -35,18 +49,9 @@ def test_renders_without_overflow(visit: Any, report: Path, width: int, scheme: 
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     drawn = page.evaluate("[...document.querySelectorAll('.plot')].filter(p => p.querySelector('.main-svg')).map(p => p.id)")
-    assert drawn == ["result-plot", "difference-plot", "curve-plot", "layer-plot", "matrix-plot", "series-plot"]
-    wide = page.evaluate(
-        "[...document.querySelectorAll('.plot')].map(p => p.querySelector('.main-svg').getBoundingClientRect().right - p.getBoundingClientRect().right)"
-    )
-    assert max(wide) <= 0.5
-    # No text of a plot is cut off at its edges.
-    cut = page.evaluate(
-        """[...document.querySelectorAll('.plot')].flatMap(p => { const box = p.getBoundingClientRect();
-        return [...p.querySelectorAll('text')].filter(t => t.textContent && t.getBoundingClientRect().width).filter(t => { const r = t.getBoundingClientRect();
-        return r.left < box.left - 1 || r.right > box.right + 1 || r.top < box.top - 1 || r.bottom > box.bottom + 1; }).map(t => p.id + ': ' + t.textContent); })"""
-    )
-    assert cut == []
+    assert drawn == ["result-plot", "difference-plot", "relation-plot-0", "curve-plot", "layer-plot", "matrix-plot", "series-plot"]
+    assert page.evaluate(BEYOND) <= 0.5
+    assert page.evaluate(CUT) == []
 
 
 def test_page_follows_the_width(visit: Any, wait: Any, report: Path) -> None:
@@ -114,13 +119,20 @@ def test_result_metric_and_difference(visit: Any, report: Path) -> None:
         [sum(value(v, s) for s in range(3)) / 3 for v in ("mix-ln", "pre-ln", "post-ln")]
     )
     assert figure(page, "result-plot", "p.data.filter(t => t.mode === 'lines').length") == 3
-    page.select_option("#result-metric", "accuracy")
+    page.select_option("#result-metric", "quality.accuracy")
     assert figure(page, "result-plot", marks) == pytest.approx([0.471] * 3)
     assert figure(page, "result-plot", "p.data.filter(t => t.mode === 'lines').length") == 0  # intervals are the claim's
     shade = figure(page, "difference-plot", "p.layout.shapes[0]")
     assert shade["x1"] == 0 and shade["x0"] < 0  # lower is better
     low, high = figure(page, "difference-plot", "p.layout.xaxis.range")
     assert low < 0 < high
+
+
+def test_relation_marks_what_does_not_count(visit: Any, report: Path) -> None:
+    page = visit(report)
+    symbols = figure(page, "relation-plot-0", "p.data.map(t => t.marker.symbol)")
+    assert sorted(symbols) == ["circle"] * 6 + ["circle-open"] * 3
+    assert "Spearman's rank correlation is 0.2571 over 6 points" in page.locator("#relations figcaption").inner_text()
 
 
 def test_layer_tables(visit: Any, report: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -156,7 +157,7 @@ def test_ids_are_unique_and_controls_have_labels(report: Path) -> None:
     labelled = {a["for"] for tag, a in elements if tag == "label"}
     assert {a["id"] for tag, a in elements if tag in ("select", "input")} <= labelled
     levels = [int(tag[1]) for tag, _ in elements if re.fullmatch("h[1-6]", tag)]
-    assert levels[0] == 1 and all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert levels[0] == 1 and all(b - a <= 1 for a, b in itertools.pairwise(levels))
 
 
 def test_file_replaces_the_old_one_whole(run_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from layerwise.analyze.findings import Findings, Matrix, Table
+from layerwise.analyze.findings import Cell, Findings, Matrix, Table
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
 from layerwise.stack.record import record
@@ -64,10 +64,11 @@ def angular_distance(model: Model, data: Any, *, split: str = "train", samples: 
     matrix = distances(model, data, split=split, samples=samples, batch=batch)
     depth = len(matrix) - 1
     single = block_distances(matrix, 1)
+    rows: list[list[Cell]] = [[i, d] for i, d in enumerate(single)]
+    blocks: list[list[Cell]] = [[n, best_block(matrix, n), min(block_distances(matrix, n))] for n in range(1, depth)]
     deep = single[-max(1, depth // 3) :]
     found = Findings({"angular_distance_mean": sum(single) / max(depth, 1), "angular_distance_deep": sum(deep) / len(deep)})
-    found.tables.append(Table("Angular distance over each layer", ["layer", "angular distance"], [[i, d] for i, d in enumerate(single)]))
-    blocks = [[n, best_block(matrix, n), min(block_distances(matrix, n))] for n in range(1, depth)]
+    found.tables.append(Table("Angular distance over each layer", ["layer", "angular distance"], rows))
     found.tables.append(Table("Block that turns the stream least", ["layers dropped", "first layer", "angular distance"], blocks))
     values: list[list[float | None]] = [
         [matrix[i, i + n].item() if i + n <= depth else None for i in range(depth)] for n in range(1, depth + 1)

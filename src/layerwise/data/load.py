@@ -242,7 +242,7 @@ def _chosen(rows: Rows, spec: DataSpec) -> Rows:
 
 def _assembled(spec: DataSpec, meta: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]], data_dir: Path | None) -> Data:
     tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_str(meta["tokenizer"])
-    special = special_ids(tokenizer) if tokenizer is not None else {}
+    special: dict[str, Any] = special_ids(tokenizer) if tokenizer is not None else {}
     boundaries = special.get("eos") if spec.boundaries else None
     splits = {name: Split(named, boundaries) for name, named in arrays.items()}
     data = Data(

@@ -151,7 +151,7 @@ def _files(path: Path) -> list[Path]:
 def _split_of(path: Path) -> str:
     stem = path.stem.lower()
     for split, names in {"validation": ("valid", "val", "dev"), "test": ("test",)}.items():
-        if any(stem.startswith(n) or stem.endswith(f"-{n}") or stem.endswith(f"_{n}") for n in names):
+        if any(stem.startswith(n) or stem.endswith((f"-{n}", f"_{n}")) for n in names):
             return split
     return "train"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -34,7 +35,7 @@ def make_tokenizer(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
         made = Tokenizer(models.BPE())
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         made.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
+        trainer: Any = trainers.BpeTrainer(
             vocab_size=spec.vocab, special_tokens=list(SPECIALS), initial_alphabet=_alphabet(), show_progress=False
         )
     else:

@@ -104,5 +104,5 @@ def preview_drop(
     elif rule == "deepest" and count == depth:
         raise BadInput(f"the deepest-first rule keeps the last layer, so it can drop at most {depth - 1} of {depth} layers")
     gone = set(layers if layers is not None else range(depth - (count or 0), depth))
-    kept = [layer for i, layer in enumerate(spec.stack.layers) if i not in gone]
+    kept: list[Any] = [layer for i, layer in enumerate(spec.stack.layers) if i not in gone]
     return dataclasses.replace(spec, stack=spec.stack.with_layers(kept))

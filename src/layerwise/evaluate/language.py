@@ -31,7 +31,7 @@ def language_modeling(
     """
     total, count = _sums(model, CausalLM(), data, split, batch, batches_at_most, path=path)
     loss = total / count
-    uniform = math.log(model.spec.embedding.vocab)
+    uniform = math.log(len(model.token_matrix))
     return Findings({"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "normalized_loss": loss / uniform})
 
 

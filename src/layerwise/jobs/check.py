@@ -6,22 +6,28 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import torch
 
+from layerwise.data.builtin import KINDS
 from layerwise.data.load import check_source
+from layerwise.data.tokenizer import SPECIALS
 from layerwise.edit import EDITS, PREVIEWS
+from layerwise.edit.adapt import Role
+from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.models.hf import family_for
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec
+from layerwise.nn.linear import LINEARS
 from layerwise.objectives import OBJECTIVES
 from layerwise.optim.groups import check_options
-from layerwise.stack.spec import indices
-from layerwise.table import lookup
+from layerwise.stack.layer import MIXERS
+from layerwise.stack.spec import StackSpec, indices
+from layerwise.table import lookup, unknown
 from layerwise.train.policies import POLICIES
 from layerwise.train.spec import TrainSpec
 
@@ -80,6 +86,9 @@ def _prefixed(prefix: str) -> Iterator[None]:
 def _rehearsed(plan: Plan) -> Iterator[Stage]:
     """The plan's stages with complete options, each checked against the description of the model it will meet."""
     spec = _starting_spec(plan)
+    if spec is not None:
+        _check_parts(spec)
+        _match_data(spec, plan)
     for stage in plan.stages:
         with _prefixed(f"stages.{stage.name}: "):
             _check_head(stage, spec, plan)
@@ -92,6 +101,8 @@ def _rehearsed(plan: Plan) -> Iterator[Stage]:
             elif stage.spec is not None:
                 if spec is not None and not spec.causal:
                     raise BadInput("only a causal model can generate text")
+                if spec is not None and (spec.head is None or spec.head.kind != "lm"):
+                    raise BadInput("only a model with a head of kind lm can generate text: set model.head.kind")
                 yield stage
             else:
                 function = lookup(TABLES[stage.kind], stage.what, stage.kind)
@@ -106,6 +117,8 @@ def _starting_spec(plan: Plan) -> ModelSpec | None:
     if isinstance(plan.model, Path):
         if not plan.model.is_dir():
             raise BadInput(f"model.load: there is no folder {plan.model}")
+        if not any((plan.model / name).is_file() for name in ("model.json", "config.json", "job.yaml")):
+            raise BadInput(f"model.load: {plan.model} holds no model (no model.json and no config.json)")
         return None
     return plan.model.with_vocab(plan.data.tokenizer.vocab)
 
@@ -120,7 +133,11 @@ def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
     for policy in train.policies:
         options = {k: v for k, v in policy.items() if k != "name"}
         kind = lookup(POLICIES, policy["name"], "policy")
-        policies.append({"name": policy["name"], **checked_options(kind, options, f"policies.{policy['name']}")})
+        complete = checked_options(kind, options, f"policies.{policy['name']}")
+        if spec is not None:
+            for key in complete.get("layers", ()):
+                indices(key, spec.stack.depth)
+        policies.append({"name": policy["name"], **complete})
     return dataclasses.replace(train, policies=tuple(policies))
 
 
@@ -135,13 +152,47 @@ def _check_head(stage: Stage, spec: ModelSpec | None, plan: Plan) -> None:
         raise BadInput(f"{stage.what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
     if stage.what == "masked-lm" and spec.causal:
         raise BadInput("masked-lm needs layers that see both sides; this model's are causal")
-    images = isinstance(spec.stack, PlainStackSpec)
-    if images and need == "lm":
+    if isinstance(spec.stack, PlainStackSpec) and need == "lm":
         raise BadInput(f"{stage.what} reads text; this model reads images")
-    _match_data(images, plan.data.source)
+    if need == "classifier" and _builtin(plan) == "text":
+        raise BadInput(f"{stage.what} needs data with labels; {plan.data.source} has none")
 
 
-def _match_data(images: bool, source: str) -> None:
-    known: dict[str, Any] = {"builtin:docs": False, "builtin:code": False, "builtin:digits": True}
-    if source in known and known[source] != images:
-        raise BadInput(f"the model reads {'images' if images else 'text'} but {source} is {'images' if known[source] else 'text'}")
+def _builtin(plan: Plan) -> str | None:
+    """What a built-in corpus consists of, text or images; None for other sources."""
+    return KINDS.get(plan.data.source.removeprefix("builtin:")) if plan.data.source.startswith("builtin:") else None
+
+
+def _match_data(spec: ModelSpec, plan: Plan) -> None:
+    """Refuse data that the model cannot read, as far as that is known before it is loaded."""
+    embedding, data = spec.embedding, plan.data
+    reads, given = "text" if isinstance(embedding, TokenSpec) else "images", _builtin(plan)
+    if given is not None and given != reads:
+        raise BadInput(f"the model reads {reads} but {data.source} is {given}")
+    if not isinstance(embedding, TokenSpec):
+        return
+    if embedding.position == "learned" and embedding.max_length < data.length:
+        raise BadInput(
+            f"model.embedding.max_length is {embedding.max_length}, too few learned positions for rows of data.length {data.length}"
+        )
+    size = len(SPECIALS) + 256
+    given_vocab = getattr(plan.model.embedding, "vocab", None) if isinstance(plan.model, ModelSpec) else None
+    if data.tokenizer.kind == "bytes" and given_vocab is not None and given_vocab < size:
+        raise BadInput(f"model.embedding.vocab is {given_vocab}, but the tokenizer has {size} tokens: leave vocab out")
+
+
+def _check_parts(spec: ModelSpec) -> None:
+    """Refuse layers of unknown parts, and layers that do not fit on one another."""
+    for stack in (spec.stack, spec.decoder):
+        if not isinstance(stack, StackSpec):
+            continue
+        for i, layer in enumerate(stack.layers):
+            if layer.mixer not in MIXERS:
+                raise unknown(layer.mixer, MIXERS, "mixer")
+            if layer.width != stack.width:
+                raise BadInput(f"layer {i} has width {layer.width} in a stack of width {stack.width}; all layers have the stack's")
+            for role, linear in layer.linears.items():
+                if role not in get_args(Role):
+                    raise BadInput(f"model.stack.layer.linears: {unknown(role, get_args(Role), 'linear')}")
+                if linear.kind not in LINEARS:
+                    raise BadInput(f"model.stack.layer.linears.{role}: {unknown(linear.kind, LINEARS, 'kind of linear')}")

@@ -28,21 +28,30 @@ from layerwise.report.page import write_inspect_page
 
 
 def inspect_model(
-    source: str, *, page: Path, data_dir: Path | None = None, device: str = "cpu", samples: int = 64, length: int = 128, **options: Any
+    source: str,
+    *,
+    page: Path,
+    text: str = "builtin:docs",
+    data_dir: Path | None = None,
+    device: str = "cpu",
+    samples: int = 64,
+    length: int = 128,
 ) -> tuple[Findings, Path]:
     """The table of a model's layers on some text, and the page about it.
 
     Args:
-        source: a folder or a preset's name; options["source"] is the text.
+        source: a folder or a preset's name. text: what runs through it, `samples` rows of `length` tokens.
+        page: the HTML file to write.
     """
-    text = options.pop("text", "builtin:docs")
     check_device(device)
+    fresh = source in PRESETS and not Path(source).is_dir()
+    # A model that is not there is told before any text is read.
+    model = None if fresh else load_any(source, device)
     tokenizer = _tokenizer_file(source)
     spec = DataSpec(source=text, length=length, tokenizer=TokenizerSpec(kind="file", path=str(tokenizer)) if tokenizer else TokenizerSpec())
     data = load_data(spec, data_dir, cache_folder())
-    model = load_any(
-        source, device, **({"embedding": {**preset(source).get("embedding", {}), "vocab": data.vocab}} if source in PRESETS else {})
-    )
+    if model is None:
+        model = load_any(source, device, embedding={**preset(source).get("embedding", {}), "vocab": data.vocab})
     embedding = model.spec.embedding
     if not isinstance(embedding, TokenSpec):
         raise BadInput("inspect shows models that read text; this one reads images")

@@ -24,6 +24,8 @@ def changed(data: dict[str, Any], overrides: dict[str, Any], where: str) -> dict
     data = copy.deepcopy(data)
     for path, value in overrides.items():
         parts = str(path).split(".")
+        if not all(parts):
+            raise BadInput(f"{where}: '{path}' is not a path of keys with dots between them")
         place: Any = data
         for depth, part in enumerate(parts[:-1]):
             walked = ".".join(parts[: depth + 1])

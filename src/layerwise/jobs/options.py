@@ -11,7 +11,12 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError, create_model
 
 from layerwise.errors import BadInput
-from layerwise.table import nearest
+from layerwise.jobs.schema import refuse_truth
+from layerwise.table import nearest, unknown
+
+COUNTS = ("samples", "batch", "batches_at_most", "every", "draws")
+SHARES = ("dropout", "rate")
+SPLITS = ("train", "validation", "test")
 
 
 @functools.cache
@@ -43,7 +48,23 @@ def checked_options(function: Callable[..., Any], given: Mapping[str, Any], wher
         first = error.errors()[0]
         place = ".".join([where, *map(str, first["loc"])])
         raise BadInput(f"{place}: {first['msg']} (got {first.get('input')!r})") from error
-    return {name: getattr(made, name) for name in schema.model_fields}
+    options = {name: getattr(made, name) for name in schema.model_fields}
+    for name, value in options.items():
+        refuse_truth(given.get(name), value, f"{where}.{name}")
+        _check_meaning(name, value, f"{where}.{name}")
+    return options
+
+
+def _check_meaning(name: str, value: Any, place: str) -> None:
+    """Options of these names mean the same in every function that has one."""
+    if name in COUNTS and isinstance(value, int) and value < 1:
+        raise BadInput(f"{place} must be at least 1; it is {value}")
+    if name in SHARES and isinstance(value, int | float) and not 0 <= value < 1:
+        raise BadInput(f"{place} is a share in [0, 1); it is {value}")
+    if name in ("split", "splits"):
+        for split in [value] if isinstance(value, str) else value:
+            if split not in SPLITS:
+                raise BadInput(f"{place}: {unknown(split, SPLITS, 'split')}")
 
 
 def takes_data(function: Callable[..., Any]) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import yaml
 from layerwise.analyze.cost import size
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
-from layerwise.embed.spec import PixelSpec
+from layerwise.embed.spec import PixelSpec, TokenSpec
 from layerwise.errors import BadInput, Diverged
 from layerwise.files import digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
@@ -50,14 +52,24 @@ def run_job(
         LayerwiseError: a stage failed. KeyboardInterrupt: stopped; `resume_run(out)` goes on.
     """
     plans = check_job(job, data_dir=data_dir, device=device)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        what = "a run; go on with it by 'layerwise resume'" if (out / "job.yaml").is_file() else "files"
-        raise BadInput(f"{out} holds {what}: choose a folder that is new or empty with --out")
+    _check_new(out)
     out.mkdir(parents=True, exist_ok=True)
     settings = {"device": device, "data_dir": str(data_dir.resolve()) if data_dir else None}
     with claimed(out):
         write_file(out / "job.yaml", yaml.safe_dump({**job.model_dump(mode="json"), "run": settings}, sort_keys=False, allow_unicode=True))
         return _Runner(job, plans, out, data_dir, device, progression or Progression()).run("run-started")
+
+
+def _check_new(out: Path) -> None:
+    """Refuse a run folder that holds something or cannot be made."""
+    standing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not standing.is_dir():
+        raise BadInput(f"{standing} is a file: choose a folder that is new or empty with --out")
+    if not os.access(standing, os.W_OK):
+        raise BadInput(f"{standing} cannot be written: choose another folder with --out")
+    if standing == out and any(out.iterdir()):
+        what = "a run; go on with it by 'layerwise resume'" if (out / "job.yaml").is_file() else "files"
+        raise BadInput(f"{out} holds {what}: choose a folder that is new or empty with --out")
 
 
 def resume_run(run: Path, *, progression: Progression | None = None) -> Receipt:
@@ -187,8 +199,7 @@ class _Runner:
                 for line in result.curve:
                     self.journal.metrics(plan.variant, seed, stage.name, line)
             if result.model is not None:
-                folder = result.model
-                arm.key, arm.make = key, lambda folder=folder: load(folder, device=self.device)
+                arm.key, arm.make = key, partial(load, result.model, device=self.device)
             for metric, value in result.findings.get("metrics", {}).items():
                 # The plain name is the latest stage's; `stage.metric` tells stages apart that measure the same.
                 arm.metrics |= {metric: value, f"{stage.name}.{metric}": value}
@@ -205,7 +216,10 @@ class _Runner:
 
     def _execute(self, stage: Stage, arm: _Arm, data: Data, seed: int, key: str, plan: Plan, title: str) -> Result:
         place = f"{plan.variant}/seed-{seed}"
-        checkpoints = self.out / "checkpoints" / place / stage.name
+        # A checkpoint serves only the very stage that wrote it: same settings, data, code and input model.
+        checkpoints = self.out / "checkpoints" / place / f"{stage.name}-{key[:12]}"
+        if not checkpoints.is_dir() and any(checkpoints.parent.glob(f"{stage.name}-*")):
+            self.progression.say(f"  {title}: the job, its data or layerwise changed since this stage was stopped; it starts anew")
         self.progression.start(title)
         listener = _Listener(self, plan.variant, seed, stage.name)
         try:
@@ -263,6 +277,8 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
     """A model's description with what the data decides: vocabulary, image size, number of classes."""
     if data.vocab is not None:
         spec = spec.with_vocab(data.vocab)
+        if isinstance(spec.embedding, TokenSpec) and (spec.embedding.vocab or 0) < data.vocab:
+            raise BadInput(f"model.embedding.vocab is {spec.embedding.vocab}, but the tokenizer has {data.vocab} tokens: leave vocab out")
     embedding, stack, head = spec.embedding, spec.stack, spec.head
     if isinstance(embedding, PixelSpec):
         if data.kind != "images":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
@@ -22,6 +24,11 @@ from layerwise.table import nearest, unknown
 from layerwise.train.spec import TrainSpec
 
 Scale = Literal["smoke", "small", "full"]
+SCALES = get_args(Scale)
+VARIED = ("data", "model", "stages")
+"""The sections of a job that variants change."""
+DEEPEST = 64
+"""Levels of mappings and lists in a job file."""
 TABLES = {"train": OBJECTIVES, "edit": EDITS, "analyze": ANALYSES, "evaluate": EVALUATIONS}
 KINDS = {"train": "objective", "edit": "edit", "analyze": "analysis", "evaluate": "evaluation"}
 
@@ -71,7 +78,7 @@ class Relation(Strict):
 class Generate(Strict):
     """Options of a generate stage."""
 
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
     new: int = Field(64, ge=1)
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -134,7 +141,7 @@ class Job(Strict):
     model: dict[str, Any]
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     relations: list[Relation] = Field(default_factory=list)
-    variants: dict[str, dict[str, Any]] = Field(default_factory=lambda: {"default": {}}, min_length=1)
+    variants: dict[str, dict[str, Any]] = Field(default={"default": {}}, min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     on_divergence: Literal["stop", "record"] = "stop"
     trackers: list[Literal["tensorboard"]] = Field(default_factory=list)
@@ -149,10 +156,18 @@ class Job(Strict):
             raise BadInput(f"seeds are distinct numbers >= 0; got {seeds}")
         return seeds
 
+    @field_validator("variants", "stages")
+    @classmethod
+    def _folder_names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise BadInput(f"'{name}' names a folder: it consists of letters, digits, '-', '_' and '.'")
+        return named
+
     def plans(self) -> dict[str, Plan]:
         """Every variant, checked on its own."""
         base = {"data": self.data, "model": self.model, "stages": self.stages}
-        return {name: _plan(name, changed(base, self.variants[name], f"variants.{name}")) for name in self.variants}
+        return {name: _varied(name, base, change) for name, change in self.variants.items()}
 
 
 def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, settings: dict[str, Any] | None = None) -> Job:
@@ -162,13 +177,11 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
         BadInput: anything in it is wrong; the message gives the path of the key and, for unknown names, the nearest known one.
     """
     raw = source if isinstance(source, dict) else read_yaml(source)
-    if scale is not None and scale not in ("smoke", "small", "full"):
-        raise unknown(scale, ("smoke", "small", "full"), "scale")
     scale = scale or raw.get("scale") or "small"
-    if isinstance(raw.get("scales"), dict):
-        raw = changed(raw, raw["scales"].get(scale) or {}, f"scales.{scale}")
-        raw.pop("scales", None)
-    raw = changed({**raw, "scale": scale}, settings or {}, "--set")
+    if scale not in SCALES:
+        raise unknown(str(scale), SCALES, "scale")
+    raw = changed({**_scaled(raw, scale), "scale": scale}, settings or {}, "--set")
+    _finite(raw, "")
     if isinstance(raw.get("variants"), dict):
         # A scale may take a variant out by giving it as null.
         raw["variants"] = {name: change for name, change in raw["variants"].items() if change is not None}
@@ -179,7 +192,51 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
             name = getattr(job.claim, role)
             if name not in plans:
                 raise BadInput(f"claim.{role}: there is no variant '{name}'.{nearest(name, plans)} Variants: {', '.join(plans)}.")
+            _check_metric(job.claim.metric, plans[name])
+        if job.claim.method == job.claim.baseline:
+            raise BadInput(f"claim: method and baseline are both '{job.claim.method}'; a claim compares two variants")
     return job
+
+
+def _scaled(raw: dict[str, Any], scale: str) -> dict[str, Any]:
+    """The job with the changes of a scale applied and its scales left out."""
+    scales = raw.get("scales")
+    if scales is None:
+        return {key: value for key, value in raw.items() if key != "scales"}
+    if not isinstance(scales, dict):
+        raise BadInput(f"scales: a mapping is expected (got {str(scales)[:80]!r})")
+    for name, change in scales.items():
+        if name not in SCALES:
+            raise BadInput(f"scales: {unknown(str(name), SCALES, 'scale')}")
+        if not isinstance(change, dict | None):
+            raise BadInput(f"scales.{name}: a mapping of paths to values is expected (got {str(change)[:80]!r})")
+    raw = changed(raw, scales.get(scale) or {}, f"scales.{scale}")
+    raw.pop("scales", None)
+    return raw
+
+
+def _finite(value: Any, where: str) -> None:
+    """Refuse NaN and infinity, which pass every comparison with a limit or none."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _finite(key, where)
+            _finite(inner, f"{where}.{key}" if where else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _finite(inner, f"{where}.{i}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise BadInput(f"{where}: a finite number is expected; got {value}")
+
+
+def _check_metric(metric: str, plan: Plan) -> None:
+    """Refuse a claim's metric that no stage of a plan can measure."""
+    measuring = [s.name for s in plan.stages if s.kind in ("train", "analyze", "evaluate")]
+    if not measuring:
+        raise BadInput(f"claim.metric: no stage of '{plan.variant}' measures anything: add one that evaluates or analyzes")
+    names = [s.name for s in plan.stages]
+    stage = metric.rpartition(".")[0]
+    if stage and stage not in names:
+        raise BadInput(f"claim.metric: there is no stage '{stage}' in '{plan.variant}'.{nearest(stage, names)} Stages: {', '.join(names)}.")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -193,14 +250,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise BadInput(f"{path} is not YAML: {str(error) or 'nested too deeply'}") from error
+        raise BadInput(f"{path} is not YAML: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
     if not isinstance(value, dict):
-        raise BadInput(f"{path} holds {type(value).__name__}; a job is a mapping with at least name, model and stages")
+        kinds = {type(None): "nothing", list: "a list", str: "a text"}
+        raise BadInput(
+            f"{path} holds {kinds.get(type(value), f'one {type(value).__name__}')}; a job is a mapping with name, model and stages"
+        )
+    if odd := [key for key in value if not isinstance(key, str)]:
+        raise BadInput(f"{odd[0]}: keys of a job are texts; put quotes around it if it is meant")
     return value
 
 
 class _UniqueKeys(yaml.SafeLoader):
     """PyYAML's safe loader, but a key given twice is an error instead of a silent loss, and aliases cannot blow up."""
+
+    level = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -214,40 +278,76 @@ class _UniqueKeys(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.events.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in job files", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.level > DEEPEST:
+            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
+        self.level += 1
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.level -= 1
 
 
 def parsed(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
     """`value` validated, with pydantic's complaint turned into one message for a person."""
     try:
-        return adapter.validate_python(value)
+        made = adapter.validate_python(value)
+        refuse_truth(value, made, where)
+        return made
     except ValidationError as error:
         raise BadInput(_complaint(error, where)) from error
     except RecursionError:
         raise BadInput(f"{where or 'the job'} is nested too deeply") from None
 
 
+def refuse_truth(given: Any, made: Any, where: str) -> None:
+    """Refuse `yes` where a number belongs, which pydantic would read as 1."""
+    if isinstance(given, bool) and isinstance(made, int | float) and not isinstance(made, bool):
+        raise BadInput(f"{where}: a number is expected (got {str(given)!r})")
+    if isinstance(given, dict):
+        for key, inner in given.items():
+            reached = made.get(key) if isinstance(made, dict) else getattr(made, str(key), None)
+            refuse_truth(inner, reached, f"{where}.{key}" if where else str(key))
+    elif isinstance(given, list) and isinstance(made, list | tuple):
+        for i, (inner, reached) in enumerate(zip(given, made, strict=False)):
+            refuse_truth(inner, reached, f"{where}.{i}")
+
+
 def _complaint(error: ValidationError, where: str) -> str:
     # Of several complaints the first unknown key is the likeliest cause of the others (a missing one, a wrong shape).
     errors = error.errors()
     first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])
-    loc = [str(part) for part in first["loc"] if part not in ("tokens", "pixels", "layers", "plain", "[key]")]
+    whole = [str(part) for part in first["loc"] if part != "[key]"]
+    # A tag that tells kinds of embeddings and stacks apart follows the key of the thing itself.
+    tagged = {i for i, part in enumerate(whole) if part in TAGS.get(whole[i - 1] if i else "", ())}
+    loc = [part for i, part in enumerate(whole) if i not in tagged]
     place = ".".join([where, *loc] if where else loc) or "the job"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _siblings(error.title, loc)
+        known = _siblings(error.title, whole)
         more = f" Known: {', '.join(known)}." if known else ""
         return f"{place}: unknown key.{nearest(loc[-1], known)}{more}"
     if first["type"] == "missing":
         return f"{place}: this key is required"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] in ("dict_type", "model_type", "dataclass_type", "model_attributes_type", "mapping_type"):
+        message = "a mapping is expected"
     given = first.get("input")
     shown = "" if isinstance(given, dict) or first["type"] == "value_error" else f" (got {str(given)[:80]!r})"
     return f"{place}: {message}{shown}"
 
 
+TAGS = {"embedding": ("tokens", "pixels"), "stack": ("layers", "plain")}
+
+
 def _siblings(title: str, loc: list[str]) -> list[str]:
     """Names of the fields beside an unknown key."""
-    spec: Any = {"Job": Job, "ModelSpec": ModelSpec, "DataSpec": DataSpec, "TrainSpec": TrainSpec}.get(title)
+    spec: Any = {
+        "Job": Job,
+        "ModelSpec": ModelSpec,
+        "DataSpec": DataSpec,
+        "TrainSpec": TrainSpec,
+        "Generate": Generate,
+        "Export": Export,
+    }.get(title)
     from layerwise.data.spec import AugmentSpec, TokenizerSpec
     from layerwise.embed.spec import PixelSpec, TokenSpec
     from layerwise.models.plain_spec import PlainLayerSpec
@@ -258,16 +358,42 @@ def _siblings(title: str, loc: list[str]) -> list[str]:
     inner = {
         "claim": Claim, "paper": Paper, "stack": StackSpec, "decoder": StackSpec, "layer": LayerSpec, "embedding": TokenSpec,
         "target": TokenSpec, "head": HeadSpec, "optimizer": OptimizerSpec, "schedule": ScheduleSpec, "tokenizer": TokenizerSpec,
-        "augment": AugmentSpec, "linears": LinearSpec, "pixels": PixelSpec, "layers": PlainLayerSpec,
+        "augment": AugmentSpec, "linears": LinearSpec, "pixels": PixelSpec, "plain": PlainLayerSpec, "relations": Relation,
     }  # fmt: skip
     for part in loc[:-1]:
-        spec = inner.get(part, PlainLayerSpec if part.isdigit() else spec)
+        spec = inner.get(part, spec)
     if spec is None:
         return []
     return list(spec.model_fields) if isinstance(spec, type) and issubclass(spec, BaseModel) else [f.name for f in dataclasses.fields(spec)]
 
 
+def _varied(variant: str, base: dict[str, Any], change: dict[str, Any]) -> Plan:
+    """The plan of a variant; a complaint names the variant unless the job has the same fault without it."""
+    where = f"variants.{variant}"
+    for path in change:
+        section = str(path).split(".")[0]
+        if section not in VARIED:
+            raise BadInput(
+                f"{where}: '{path}' is not in a section that variants change.{nearest(section, VARIED)} They are {', '.join(VARIED)}."
+            )
+    data = changed(base, change, where)
+    try:
+        return _plan(variant, data)
+    except BadInput as error:
+        if not change or str(error).startswith(where):
+            raise
+        try:
+            _plan(variant, base)
+        except BadInput as plain:
+            if str(plain) == str(error):
+                raise
+        raise BadInput(f"{where}: {error}") from error
+
+
 def _plan(variant: str, data: dict[str, Any]) -> Plan:
+    for section in VARIED:
+        if not isinstance(data[section], dict):
+            raise BadInput(f"{section}: a mapping is expected (got {str(data[section])[:80]!r})")
     stages = tuple(_stage(name, value) for name, value in data["stages"].items())
     if not stages:
         raise BadInput(f"variants.{variant}: no stage is left")
@@ -283,7 +409,10 @@ def _model(data: dict[str, Any]) -> ModelSpec | Path:
             raise BadInput(f"model.load: a folder's path is expected; got {data['load']!r}")
         return Path(data["load"])
     if "preset" in data:
-        data = merged(preset(str(data["preset"])), {k: v for k, v in data.items() if k != "preset"})
+        try:
+            data = merged(preset(str(data["preset"])), {k: v for k, v in data.items() if k != "preset"})
+        except BadInput as error:
+            raise BadInput(f"model.preset: {error}") from error
     return parsed(TypeAdapter(ModelSpec), data, "model")
 
 

@@ -79,7 +79,7 @@ class Model(nn.Module):
     @property
     def token_matrix(self) -> Tensor:
         """The output side's token embedding, (vocab, width)."""
-        embedding = self.target if self.target is not None else self.embedding
+        embedding: Any = self.target if self.target is not None else self.embedding
         return embedding.tokens.weight
 
     @property
@@ -144,7 +144,8 @@ class Model(nn.Module):
     def initialize(self, generator: torch.Generator) -> Model:
         """Fresh weights, in place."""
         std = getattr(self.spec.stack, "init_std", None)
-        for part in (self.embedding, self.target, self.head):
+        parts: list[Any] = [self.embedding, self.target, self.head]
+        for part in parts:
             if part is not None:
                 part.initialize(std, generator)
         self.stack.initialize(generator)

@@ -54,6 +54,7 @@ class Attention(nn.Module):
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             keys = None
             if ctx.cache is not None:
+                assert ctx.positions is not None
                 k, v, keys = ctx.cache.append(slot, k, v, ctx.positions)
             bias, causal = ctx.bias(self.spec, q, keys)
         if ctx.recorder is not None and not self.cross and ctx.recorder.wants_attention(slot[0]):

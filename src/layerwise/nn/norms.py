@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
@@ -12,7 +14,7 @@ def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module
     return nn.RMSNorm(width, eps=eps)
 
 
-def fill_norm(norm: nn.Module, gain: float) -> None:
+def fill_norm(norm: Any, gain: float) -> None:
     """Set a norm to its initial state: every gain `gain`, every shift 0."""
     nn.init.constant_(norm.weight, gain)
     if getattr(norm, "bias", None) is not None:

@@ -31,11 +31,11 @@ class Residual(nn.Module):
         branch: the module F; it lists the names of its linears that read the stream (`reads`) and write it (`writes`).
     """
 
-    def __init__(self, branch: nn.Module, spec: LayerSpec) -> None:
+    def __init__(self, branch: Any, spec: LayerSpec) -> None:
         super().__init__()
         assert spec.width and spec.residual_scale and spec.norm_gain
         self.placement, self.alpha, self.gain = spec.placement, spec.residual_scale, spec.norm_gain
-        self.branch = branch
+        self.branch: Any = branch
         self.norm = make_norm(spec.norm, spec.width, spec.norm_eps, spec.norm_bias)
         self.norm_out = make_norm(spec.norm, spec.width, spec.norm_eps, spec.norm_bias) if spec.placement == "sandwich" else None
         self.dropout = nn.Dropout(spec.dropout) if spec.dropout else nn.Identity()

@@ -69,6 +69,7 @@ class MaskedLM(nn.Module):
             raise BadInput("masked-lm needs a tokenizer with a mask token: use bpe, wordpiece or bytes")
         self.rate, self.replace, self.mask_id, self.vocab = rate, replace, data.mask_id, data.vocab
         special = [i for i in (data.pad_id, data.eos_id, data.cls_id, data.sep_id) if i is not None]
+        self.special: Tensor
         self.register_buffer("special", torch.tensor(special, dtype=torch.long), persistent=False)
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:

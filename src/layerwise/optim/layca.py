@@ -76,7 +76,7 @@ class Layca(torch.optim.Optimizer):
         self.state = self.inner.state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of every layer that has a gradient."""
         loss = closure() if closure is not None else None
         moved = [

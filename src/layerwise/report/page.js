@@ -36,6 +36,15 @@
     }
   }
 
+  function relations() {
+    data.relations.forEach((relation, i) => {
+      const points = relation.points.map((p) => ({ ...p, variant: variants.get(p.variant) })).filter((p) => p.variant);
+      drawing(`relation-plot-${i}`, (colours, width) => Plots.relation(colours, relation, points, width), () => `${relation.y} against ${relation.x}`);
+    });
+    const seen = new Set(data.relations.flatMap((r) => r.points.map((p) => p.variant)));
+    legend("relation-legend", data.variants.filter((v) => seen.has(v.name)));
+  }
+
   // --- training curves ---------------------------------------------------------------------------------------------------
 
   const PER_LAYER = /^(.*)\/(-?\d+)$/;
@@ -267,6 +276,7 @@
   }
 
   if (at("result-plot")) results();
+  if (at("relation-legend")) relations();
   if (at("curve-plot")) trainingCurves();
   if (at("layer-plot")) layerTables();
   if (at("matrix-plot")) matrices();

@@ -17,7 +17,7 @@ from layerwise.report import wording
 from layerwise.report.curves import curves
 from layerwise.report.history import depths, histories
 from layerwise.report.read import Finished, Run, finite, read_run
-from layerwise.report.result import difference, measured, rows
+from layerwise.report.result import difference, measured, relations, rows
 
 HERE = Path(__file__).parent
 PER_LAYER = re.compile(r"/-?\d+$")
@@ -91,6 +91,7 @@ def _run_context(run: Run) -> dict[str, Any]:
     table = rows(run, values)
     delta = difference(run, values)
     key = wording.verdict_key(run.receipt, run.claim, run.scale)
+    related = relations(run, values)
     known = depths(run)
     blocks = [block | {"depth": known.get((block["variant"], block["seed"], block["stage"]))} for block in curves(run)]
     colours = _colours(run)
@@ -104,6 +105,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         "direction": (run.claim or {}).get("direction"),
         "summary": {name: {"mean": arm.get("mean"), "ci95": arm.get("ci95")} for name, arm in (receipt.get("variants") or {}).items()},
         "difference": delta,
+        "relations": related,
         "curves": blocks,
         **_found(run.stages, known),
     }
@@ -118,6 +120,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         "state_note": wording.STATES.get(run.state, ""),
         "claim": run.claim,
         "delta": delta,
+        "relations": related,
         "table": table,
         "values": values,
         "metric_rows": _metric_rows(values, [row.variant for row in table]),
@@ -177,18 +180,15 @@ def _metric_rows(values: dict[str, dict[str, dict[str, float]]], variants: list[
 
 def _timeline(run: Run) -> list[dict[str, Any]]:
     """Stages in order, each with its mean seconds by variant and how many seeds reused an earlier result."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for name in run.stage_names:
         cells: dict[str, dict[str, Any]] = {}
         for variant in run.variants:
             done = [s for s in run.stages if s.stage == name and s.variant == variant]
             times = [s.seconds for s in done if s.seconds is not None]
+            seconds = sum(times) / len(times) if times else None
             if done:
-                cells[variant] = {
-                    "seconds": sum(times) / len(times) if times else None,
-                    "seeds": len(done),
-                    "reused": sum(s.reused for s in done),
-                }
+                cells[variant] = {"seconds": seconds, "seeds": len(done), "reused": sum(s.reused for s in done)}
         kinds = list(dict.fromkeys((s.kind, s.name) for s in run.stages if s.stage == name))
         lines.append({"stage": name, "kinds": kinds, "cells": cells})
     longest = max((c["seconds"] or 0.0 for line in lines for c in line["cells"].values()), default=0.0)

@@ -143,6 +143,17 @@ const Plots = (() => {
     };
   }
 
+  // One metric against another, a dot for every seed of every variant; hollow where it does not count.
+  function relation(theme, found, points, width) {
+    const data = points.map((p) => ({ type: "scatter", mode: "markers", x: [p.x], y: [p.y], hoverinfo: "text",
+      text: `${safe(p.variant.name)}, seed ${safe(p.seed)}<br>${safe(found.x)}: ${number(p.x)}<br>${safe(found.y)}: ${number(p.y)}`,
+      marker: { size: 9, symbol: p.counts ? "circle" : "circle-open", color: colourOf(theme, p.variant), opacity: 0.85, line: { width: 1.5, color: p.counts ? theme.paper : colourOf(theme, p.variant) } } }));
+    const count = width < NARROW ? 5 : 9;
+    return { data, layout: layout(theme, { height: width < NARROW ? 300 : 360, margin: { t: 28 },
+      annotations: [note(theme, safe(found.y), { x: 0, xanchor: "left", y: 1, yanchor: "bottom", yshift: 6, font: { size: 13, color: theme.soft } })],
+      xaxis: axis(theme, { title: found.x, showline: true, ...ticks(padded(points.map((p) => p.x), 0.05), count) }), yaxis: axis(theme, { ...ticks(padded(points.map((p) => p.y), 0.06), 6) }) }) };
+  }
+
   // lines: [{variant, name, seed (null: the mean), x, y}]; marks: [{x, text}] where stages begin.
   function curves(theme, lines, marks, options) {
     const data = lines.map((line) => ({
@@ -312,7 +323,7 @@ const Plots = (() => {
       data: [{ type: "heatmap", x: series.x, y: series.labels.map(safe), z, ygap: 1, hoverongaps: false, ...colours, hoverinfo: "text", hovertext: hover,
         colorbar: colorbar(theme, narrow, options.log ? decades(colours.zmin, colours.zmax) : {}) }],
       layout: layout(theme, { height: Math.min(Math.max(series.labels.length * 26, 150), 640) + (narrow ? 100 : 60), margin: { t: 6 },
-        xaxis: axis(theme, { title: options.axis, showgrid: false, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: "category", title: "layer", showgrid: false }) }),
+        xaxis: axis(theme, { title: options.axis, showgrid: false, exponentformat: "SI", nticks: narrow ? 5 : 9, ...(series.x.length < 4 ? { tickvals: series.x } : {}) }), yaxis: axis(theme, { type: "category", title: "layer", showgrid: false }) }),
     };
   }
 
@@ -336,5 +347,5 @@ const Plots = (() => {
       xaxis: axis(theme, { title: options.axis, showline: true, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: options.log ? "log" : "linear", exponentformat: "power", nticks: 6 }) }) };
   }
 
-  return { number, column, colourOf, result, difference, curves, strips, profiles, matrix, seriesHeat, seriesLines };
+  return { number, column, colourOf, result, difference, relation, curves, strips, profiles, matrix, seriesHeat, seriesLines };
 })();

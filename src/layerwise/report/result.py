@@ -29,16 +29,18 @@ class Row:
 
 
 def measured(run: Run) -> Values:
-    """Every metric of every variant and seed: the receipt's, else what stages found so far (the last stage counts)."""
+    """Every metric of every variant and seed, the claim's first: the receipt's, else what stages found so far."""
     found: Values = {}
+    metric = _metric(run)
     for variant, metrics in ((run.receipt or {}).get("metrics") or {}).items():
-        for metric, values in metrics.items():
-            found.setdefault(metric, {})[variant] = _numbers(values)
+        for name, values in metrics.items():
+            found.setdefault(name, {})[variant] = _numbers(values)
     if not found:
         for stage in run.stages:
-            for metric, value in _numbers(stage.findings.get("metrics") or {}).items():
-                found.setdefault(metric, {}).setdefault(stage.variant, {})[stage.seed] = value
-    metric = _metric(run)
+            for name, value in _numbers(stage.findings.get("metrics") or {}).items():
+                # A claim may name a metric without its stage: the last stage that measures it counts.
+                for key in (f"{stage.stage}.{name}", *([name] if name == metric else [])):
+                    found.setdefault(key, {}).setdefault(stage.variant, {})[stage.seed] = value
     for variant, arm in ((run.receipt or {}).get("variants") or {}).items():
         values = _numbers(arm.get("values") or {})
         if values:
@@ -86,6 +88,28 @@ def difference(run: Run, values: Values) -> dict[str, Any] | None:
         "pairs": {seed: method[seed] - baseline[seed] for seed in method if seed in baseline},
         **{key: claim.get(key) for key in ("method", "baseline", "metric", "direction", "paper_ratio")},
     }
+
+
+def relations(run: Run, values: Values) -> list[dict[str, Any]]:
+    """How two metrics go together over all variants and seeds: their points, and the rank correlation that the receipt has."""
+    found = []
+    for relation in (run.receipt or {}).get("relations") or []:
+        x, y, above = values.get(relation.get("x"), {}), values.get(relation.get("y"), {}), relation.get("above") or {}
+        points = [
+            {
+                "variant": variant,
+                "seed": seed,
+                "x": value,
+                "y": y[variant][seed],
+                "counts": all(values.get(m, {}).get(variant, {}).get(seed, -math.inf) >= least for m, least in above.items()),
+            }
+            for variant, seeds in x.items()
+            for seed, value in seeds.items()
+            if seed in y.get(variant, {})
+        ]
+        if points:
+            found.append({**relation, "above": above, "points": points, "count": sum(p["counts"] for p in points)})
+    return found
 
 
 def _metric(run: Run) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.stack.context import Call, Context
 
@@ -22,7 +24,7 @@ class StochasticDepth:
     def __init__(self, rates: list[float] | None = None) -> None:
         self.rates = rates
 
-    def __call__(self, i: int, layer: nn.Module, x: Float[Tensor, "b ..."], ctx: Context, call: Call) -> Tensor:
+    def __call__(self, i: int, layer: Any, x: Float[Tensor, "b ..."], ctx: Context, call: Call) -> Tensor:
         rate = layer.spec.drop if self.rates is None else self.rates[i]
         if not rate or not layer.training:
             return call(x, ctx)

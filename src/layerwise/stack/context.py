@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.nn.positions import RelativeBias, alibi_slopes, rotary_angles
 from layerwise.stack.spec import LayerSpec
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from layerwise.stack.record import Recorder
 
 Call = Callable[[Tensor, "Context"], Tensor]
-Around = Callable[[int, nn.Module, Tensor, "Context", Call], Tensor]
+Around = Callable[[int, Any, Tensor, "Context", Call], Tensor]
 """`around(i, layer, x, ctx, call) -> x` wraps the call of layer `i`; `call(x, ctx)` goes on inward."""
 
 PAD = -1

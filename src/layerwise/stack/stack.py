@@ -27,10 +27,10 @@ class Stack(nn.Module):
         layers: ready layers that agree with `spec.layers`; None makes new ones.
     """
 
-    def __init__(self, spec: StackSpec | Any, layers: Sequence[nn.Module] | None = None) -> None:
+    def __init__(self, spec: StackSpec | Any, layers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.layers = nn.ModuleList([make_layer(s) for s in spec.layers] if layers is None else layers)
+        self.layers: Any = nn.ModuleList([make_layer(s) for s in spec.layers] if layers is None else layers)
         self.norm: nn.Module | None = None
         self.relative: RelativeBias | None = None
         if isinstance(spec, StackSpec):
@@ -77,7 +77,7 @@ class Stack(nn.Module):
         if self.relative is not None:
             nn.init.normal_(self.relative.weight, std=std, generator=generator)
 
-    def with_layers(self, layers: Sequence[nn.Module]) -> Stack:
+    def with_layers(self, layers: Sequence[Any]) -> Stack:
         """A stack of exactly these layers (shared, not copied) with this stack's final norm and position bias."""
         spec = self.spec.with_layers([layer.spec for layer in layers])
         with torch.device("meta"):

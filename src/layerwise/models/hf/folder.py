@@ -146,7 +146,7 @@ def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) ->
     if len(shards) == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})

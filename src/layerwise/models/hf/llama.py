@@ -10,7 +10,7 @@ from layerwise.models.hf.family import Family, Pair, only, same
 from layerwise.models.spec import HeadSpec, ModelSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
-LAYER = {"causal": True, "position": "rotary", "ffn": "swiglu", "norm": "rmsnorm", "placement": "pre", "mixer": "attention", "cross": False}
+LAYER: dict[str, Any] = {"causal": True, "position": "rotary", "ffn": "swiglu", "norm": "rmsnorm", "placement": "pre", "mixer": "attention", "cross": False}
 UNIFORM = ("heads", "kv_heads", "head_dim", "ffn_width", "norm_eps", "rope_theta", "qkv_bias", "out_bias", "ffn_bias", "qk_norm")
 
 
@@ -45,8 +45,9 @@ def read(config: dict[str, Any]) -> ModelSpec:
 
 def write(spec: ModelSpec) -> dict[str, Any]:
     """Our description to their config."""
-    layer = spec.stack.layers[0]
-    windows = [s.window for s in spec.stack.layers]
+    stack = decoder_stack(spec)
+    layer = stack.layers[0]
+    windows = [s.window for s in stack.layers]
     kind = _kind(spec)
     assert isinstance(spec.embedding, TokenSpec) and spec.head is not None
     config: dict[str, Any] = {
@@ -55,8 +56,8 @@ def write(spec: ModelSpec) -> dict[str, Any]:
             {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}[kind]
         ],
         "vocab_size": spec.embedding.vocab,
-        "hidden_size": spec.stack.width,
-        "num_hidden_layers": spec.stack.depth,
+        "hidden_size": stack.width,
+        "num_hidden_layers": stack.depth,
         "num_attention_heads": layer.heads,
         "num_key_value_heads": layer.kv_heads,
         "head_dim": layer.head_dim,
@@ -65,7 +66,7 @@ def write(spec: ModelSpec) -> dict[str, Any]:
         "rms_norm_eps": layer.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": layer.rope_theta},
         "tie_word_embeddings": spec.head.tie,
-        "initializer_range": spec.stack.init_std,
+        "initializer_range": stack.init_std,
         "use_cache": True,
     }
     if kind in ("llama", "qwen3"):
@@ -86,7 +87,7 @@ def pairs(spec: ModelSpec) -> list[Pair]:
     table = same(("embedding.tokens.weight", "model.embed_tokens.weight"), ("stack.norm.weight", "model.norm.weight"))
     if not spec.head.tie:
         table += same(("head.weight", "lm_head.weight"))
-    for i, layer in enumerate(spec.stack.layers):
+    for i, layer in enumerate(decoder_stack(spec).layers):
         ours, theirs = f"stack.layers.{i}", f"model.layers.{i}"
         table += same(
             (f"{ours}.mixer.norm.weight", f"{theirs}.input_layernorm.weight"),
@@ -129,9 +130,16 @@ def obstacle(spec: ModelSpec) -> str | None:
     return None if stack.final_norm else "it has no final norm"
 
 
+def decoder_stack(spec: ModelSpec) -> StackSpec:
+    """The description's stack, which `obstacle` has found to be of transformer layers."""
+    assert isinstance(spec.stack, StackSpec)
+    return spec.stack
+
+
 def _kind(spec: ModelSpec) -> str:
     """The member of the family that has all that a description asks for."""
-    layer, windows = spec.stack.layers[0], {s.window for s in spec.stack.layers}
+    stack = decoder_stack(spec)
+    layer, windows = stack.layers[0], {s.window for s in stack.layers}
     if layer.qk_norm:
         return "qwen3"
     if layer.qkv_bias and not layer.out_bias:
