@@ -24,7 +24,7 @@ _NAMES = {
     "record": "layerwise.stack.record:record",
     "generate": "layerwise.infer.generate:generate",
     "run": "layerwise.jobs.api:run",
-    "data": "layerwise.jobs.api:data",
+    "load_data": "layerwise.jobs.api:prepared",
     "edit": "layerwise.edit:",
     "analyze": "layerwise.analyze:",
     "evaluate": "layerwise.evaluate:",

@@ -47,7 +47,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        write_json(temporary / CHECKSUMS, {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file()})
+        listing = temporary / CHECKSUMS
+        write_json(listing, {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file() and p != listing})
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         aside = target.with_name(f".{target.name}.old-{mark}")

@@ -92,6 +92,23 @@ def test_base_job_passes_every_check(tmp_path: Path) -> None:
     assert [stage.name for stage in plans["default"].stages] == ["pretrain", "cut", "measure"]
 
 
+def test_numbers_and_slices_are_read_as_people_write_them(tmp_path: Path) -> None:
+    from layerwise.jobs.schema import read_job
+
+    file = tmp_path / "job.yaml"
+    file.write_text("""
+name: tiny
+model: {preset: decoder, stack: {depth: 8, width: 16, layer: {heads: 2}, overrides: {3: {heads: 4}, 4:6: {heads: 1}, -1: {norm_eps: 1e-8}}}}
+stages: {fit: {train: causal-lm, steps: 1, optimizer: {lr: 1e-3, depth_lr: {0: 0.5}, options: {eps: 1e-8}}}}
+""")
+    plan = read_job(file, settings={}).plans()["default"]
+    layers = plan.model.stack.layers
+    assert [layer.heads for layer in layers] == [2, 2, 2, 4, 1, 1, 2, 2]
+    assert layers[-1].norm_eps == 1e-8
+    assert plan.stages[0].spec.optimizer.options == {"eps": 1e-8}
+    assert plan.stages[0].spec.optimizer.depth_lr == {"0": 0.5}
+
+
 UNKNOWN_KEYS = {
     "job": ({"modle": {}}, r"modle: unknown key.*Did you mean 'model'"),
     "data": ({"data/lenght": 3}, r"data\.lenght: unknown key.*'length'"),
@@ -116,6 +133,14 @@ UNKNOWN_KEYS = {
         r"stages\.pretrain\.optimizer\.weight_deacy: unknown key.*'weight_decay'",
     ),
     "optimizer options": ({"stages/pretrain/optimizer/options": {"beta": [0.9, 0.9]}}, r"stages\.pretrain: .*adamw.*'beta'.*'betas'"),
+    "optimizer option of a wrong kind": (
+        {"stages/pretrain/optimizer/options": {"betas": "high"}},
+        r"stages\.pretrain: optimizer: 'adamw' cannot have.*high",
+    ),
+    "optimizer option out of range": (
+        {"stages/pretrain/optimizer/options": {"betas": [0.9, 2.0]}},
+        r"stages\.pretrain: optimizer: 'adamw' cannot have.*2\.0",
+    ),
     "schedule": ({"stages/pretrain/schedule/warm_up": 1}, r"stages\.pretrain\.schedule\.warm_up: unknown key.*'warmup'"),
     "policy options": (
         {"stages/pretrain/policies": [{"name": "rotation", "evry": 2}]},

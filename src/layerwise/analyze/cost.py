@@ -12,6 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from layerwise.stack.depth import view
 
 
+def attention_flops(q: torch.Size, k: torch.Size, v: torch.Size, *_: Any, **__: Any) -> int:
+    """Operations of one fused attention: both products, all pairs of positions, a multiply-add counted as two.
+
+    PyTorch's counter knows its GPU kernels but not the CPU's. Masked pairs count, as they do there.
+    """
+    batch, heads, queries, size = q
+    return 2 * batch * heads * queries * k[-2] * (size + v[-1])
+
+
+ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops}
+
+
 @dataclass
 class Cost:
     """Cost of one depth.
@@ -49,7 +61,7 @@ def costs(model: nn.Module, batch: dict[str, Any]) -> dict[int, Cost]:
         table[depths[name]].params += parameter.numel()
         table[depths[name]].bytes += parameter.numel() * parameter.element_size()
     prefix = type(model).__name__
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         out = model(batch) if hasattr(model, "spec") else model(**batch)
         if getattr(model, "head", None) is not None:
             _ = out.logits

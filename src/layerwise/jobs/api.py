@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.catalogue import find
 from layerwise.jobs.receipt import Receipt
 from layerwise.jobs.run import run_job
-from layerwise.jobs.schema import Scale, read_job
+from layerwise.jobs.schema import Scale, parsed, read_job
 
 
 def run(
@@ -33,6 +35,10 @@ def run(
     return run_job(read, Path(out), data_dir=Path(data_dir) if data_dir else None, device=device)
 
 
-def data(source: str = "builtin:docs", *, data_dir: str | Path | None = None, **options: Any) -> Data:
-    """Prepared data: `layerwise.data("builtin:docs", length=128)`. Options are the fields of `layerwise.data.spec.DataSpec`."""
-    return load_data(DataSpec(source=source, **options), Path(data_dir) if data_dir else None, cache_folder())
+def prepared(source: str = "builtin:docs", *, data_dir: str | Path | None = None, **options: Any) -> Data:
+    """Prepared data: `layerwise.load_data("builtin:docs", length=128)`.
+
+    Options are the fields of `layerwise.data.spec.DataSpec`, as plain data (`tokenizer={"kind": "bytes"}`) or as specs.
+    """
+    spec = parsed(TypeAdapter(DataSpec), {"source": source, **options}, "load_data")
+    return load_data(spec, Path(data_dir) if data_dir else None, cache_folder())

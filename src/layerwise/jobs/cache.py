@@ -73,10 +73,10 @@ class StageCache:
         try:
             check_folder(folder)
             kept = json.loads((folder / "result.json").read_text())
-        except (BadInput, OSError, ValueError):
+            model = folder / "model"
+            return Result(**kept, model=model if model.is_dir() else None)
+        except (BadInput, OSError, ValueError, TypeError, AttributeError):
             return None
-        model = folder / "model"
-        return Result(**kept, model=model if model.is_dir() else None)
 
     @contextmanager
     def keep(self, key: str, result: Result) -> Iterator[Path]:

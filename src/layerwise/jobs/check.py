@@ -24,7 +24,9 @@ from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LINEARS
 from layerwise.objectives import OBJECTIVES
+from layerwise.optim import OPTIMIZERS
 from layerwise.optim.groups import check_options
+from layerwise.optim.spec import OptimizerSpec
 from layerwise.stack.layer import MIXERS
 from layerwise.stack.spec import StackSpec, indices
 from layerwise.table import lookup, unknown
@@ -126,6 +128,7 @@ def _starting_spec(plan: Plan) -> ModelSpec | None:
 def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
     checked_options(lookup(OBJECTIVES, train.objective, "objective"), train.options, "options")
     check_options(train.optimizer)
+    _check_optimizer(train.optimizer)
     if spec is not None:
         for key in train.optimizer.depth_lr:
             indices(key, spec.stack.depth)
@@ -139,6 +142,14 @@ def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
                 indices(key, spec.stack.depth)
         policies.append({"name": policy["name"], **complete})
     return dataclasses.replace(train, policies=tuple(policies))
+
+
+def _check_optimizer(spec: OptimizerSpec) -> None:
+    """Make the optimizer of a single number: it says itself which values it cannot have."""
+    try:
+        lookup(OPTIMIZERS, spec.name, "optimizer")([torch.nn.Parameter(torch.zeros(1, 1))], lr=spec.lr, **spec.options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise BadInput(f"optimizer: '{spec.name}' cannot have these options {spec.options}: {error}") from error
 
 
 def _check_head(stage: Stage, spec: ModelSpec | None, plan: Plan) -> None:

@@ -31,7 +31,7 @@ def page() -> str:
             rows.append(f"| | `{entry['name']}` | {job.get('title', '')} | | | | | |")
             continue
         receipt = receipt_data(entry["name"], "small")
-        rows.append(f"| {entry['card']} | [`{entry['name']}`](#{entry['name']}) | {claim['text']} | {_measured(receipt, claim)} |")
+        rows.append(f"| {entry['card'] or ''} | [`{entry['name']}`](#{entry['name']}) | {claim['text']} | {_measured(receipt, claim)} |")
         details.append(_detail(entry, job, receipt))
     return HEADER + "\n".join(rows) + "\n\n" + "\n".join(details)
 

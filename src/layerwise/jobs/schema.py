@@ -16,7 +16,7 @@ from layerwise.data.spec import DataSpec
 from layerwise.edit import EDITS
 from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
-from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.jobs.merge import VERBS, PlainNumbers, changed, merged
 from layerwise.models.presets import preset
 from layerwise.models.spec import ModelSpec
 from layerwise.objectives import OBJECTIVES
@@ -261,8 +261,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return value
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key given twice is an error instead of a silent loss, and aliases cannot blow up."""
+class _UniqueKeys(PlainNumbers):
+    """A safe loader, but a key given twice is an error instead of a silent loss, and aliases cannot blow up."""
 
     level = 0
 
@@ -394,10 +394,18 @@ def _plan(variant: str, data: dict[str, Any]) -> Plan:
     for section in VARIED:
         if not isinstance(data[section], dict):
             raise BadInput(f"{section}: a mapping is expected (got {str(data[section])[:80]!r})")
+    data = _texts_as_keys(data)
     stages = tuple(_stage(name, value) for name, value in data["stages"].items())
     if not stages:
         raise BadInput(f"variants.{variant}: no stage is left")
     return Plan(variant, parsed(TypeAdapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
+
+
+def _texts_as_keys(value: Any) -> Any:
+    """Keys that are numbers in YAML (`overrides: {3: ...}`) as the texts that specs are keyed by."""
+    if isinstance(value, dict):
+        return {str(k) if type(k) in (int, float) else k: _texts_as_keys(inner) for k, inner in value.items()}
+    return [_texts_as_keys(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _model(data: dict[str, Any]) -> ModelSpec | Path:

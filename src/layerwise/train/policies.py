@@ -1,6 +1,6 @@
 """What acts on a training run from outside, at a few named moments.
 
-    start(run)           the model, objective and optimizer stand; nothing has run
+    start(run)           the model and objective stand; the optimizer is made after it, so what is frozen here is left out
     before_step(run)     before a step's first forward
     after_backward(run)  all gradients of the step are there, not yet clipped
     after_step(run)      the weights have moved; run.step counts this step already
