@@ -48,7 +48,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         listing = temporary / CHECKSUMS
-        write_json(listing, {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file() and p != listing})
+        write_json(
+            listing, {str(p.relative_to(temporary)): sha256(p) for p in sorted(temporary.rglob("*")) if p.is_file() and p != listing}
+        )
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
         aside = target.with_name(f".{target.name}.old-{mark}")

@@ -119,7 +119,7 @@ def test_block_sweep_finds_the_best_block_and_never_negative_regret(model, text)
     found = block_sweep(model, text, lengths=[1, 2, 3], samples=16, batches_at_most=2)
     by_length = {row[0]: dict(zip(found.tables[0].columns, row, strict=True)) for row in found.tables[0].rows}
     assert by_length[2]["angular: first"] == 1
-    assert by_length[2]["angular"] == pytest.approx(found.metrics["val_loss"], abs=1e-6)
+    assert by_length[2]["angular"] == pytest.approx(found.metrics["whole_loss"], abs=1e-6)
     assert all(row["regret of angular"] >= 0 for row in by_length.values())
     assert [sum(v is not None for v in row) for row in found.matrices[0].values] == [4, 3, 2]
     with pytest.raises(BadInput, match="lengths are 1 to 3"):

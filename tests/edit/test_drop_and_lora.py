@@ -123,7 +123,10 @@ def test_fresh_lora_changes_nothing_and_trains_only_itself(text, targets):
     assert torch.equal(adapted({"input_ids": IDS}).logits, model({"input_ids": IDS}).logits)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
-    assert trained == {f"stack.layers.{i}.{'mixer' if t in 'qkvo' else 'ffn'}.branch.{t}.lora_{x}" for i, t, x in itertools.product(range(5), targets, "ab")}
+    assert trained == {
+        f"stack.layers.{i}.{'mixer' if t in 'qkvo' else 'ffn'}.branch.{t}.lora_{x}"
+        for i, t, x in itertools.product(range(5), targets, "ab")
+    }
     train(adapted, text, TrainSpec("causal-lm", steps=5, batch=4))
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the base is untouched"
     assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters() if n in before)
@@ -154,7 +157,9 @@ def test_lora_equals_peft():
     from layerwise.stack.spec import LinearSpec
 
     ours = LoRA(6, 4, False, LinearSpec("lora", rank=2, alpha=5)).double()
-    ours.load_state_dict({"weight": layer.base_layer.weight, "lora_a": layer.lora_A["default"].weight, "lora_b": layer.lora_B["default"].weight})
+    ours.load_state_dict(
+        {"weight": layer.base_layer.weight, "lora_a": layer.lora_A["default"].weight, "lora_b": layer.lora_B["default"].weight}
+    )
     x = torch.randn(3, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)
 

@@ -57,7 +57,9 @@ def test_equals_a_hand_written_loop(text):
 
     order = Order(len(text.train), 8, 5)
     matrices, vectors = ([p for p in theirs.parameters() if (p.dim() >= 2) == m] for m in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-3, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=3e-3, fused=True
+    )
     for step in range(12):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * factor(SPEC.schedule, step, 12)
@@ -155,7 +157,9 @@ def test_divergence_stops_with_a_clear_word_and_keeps_the_last_good_checkpoint(t
 
 
 def test_running_away_is_divergence_too(text):
-    spec = dataclasses.replace(SPEC, steps=60, clip=None, optimizer=OptimizerSpec("sgd", lr=300.0), schedule=ScheduleSpec("constant", warmup=0))
+    spec = dataclasses.replace(
+        SPEC, steps=60, clip=None, optimizer=OptimizerSpec("sgd", lr=300.0), schedule=ScheduleSpec("constant", warmup=0)
+    )
     with pytest.raises(Diverged, match="the loss has grown|not finite"):
         train(_model(), text, spec)
 

@@ -16,14 +16,14 @@ from layerwise.models.model import Model
 def layer_drop(model: Model, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int = 8) -> Findings:
     """Validation loss with each layer skipped in turn, minus the loss with all of them.
 
-    Metrics: `val_loss` of the whole model, `layer_drop_mean`.
+    Metrics: `whole_loss` of the whole model, `layer_drop_mean`.
     """
     depth = model.stack.depth
     losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
     whole = losses(0, 0)
     drops = [losses(i, 1) - whole for i in range(depth)]
     table = Table("Loss added by skipping a layer", ["layer", "added loss"], [[i, d] for i, d in enumerate(drops)])
-    return Findings({"val_loss": whole, "layer_drop_mean": sum(drops) / max(depth, 1)}, [table])
+    return Findings({"whole_loss": whole, "layer_drop_mean": sum(drops) / max(depth, 1)}, [table])
 
 
 def block_sweep(
@@ -42,7 +42,7 @@ def block_sweep(
     The angular distances come from training rows, the losses from validation rows. `regret` is the loss after the rule's
     choice minus the loss after the best choice; `random` is the mean over `draws` blocks.
 
-    Metrics: `angular_regret_mean` over the lengths, `val_loss` of the whole model.
+    Metrics: `angular_regret_mean` over the lengths, `whole_loss` of the whole model.
     Source of the protocol: Gromov et al. 2024, section 4 (arXiv 2403.17887).
     """
     depth = model.stack.depth
@@ -66,7 +66,7 @@ def block_sweep(
     columns = ["layers dropped", "angular: first", "angular", "deepest", "shallowest", "random", "best: first", "best", "regret of angular"]
     regret = [float(row[-1] or 0) for row in rows]
     return Findings(
-        {"val_loss": losses(0, 0), "angular_regret_mean": sum(regret) / len(regret)},
+        {"whole_loss": losses(0, 0), "angular_regret_mean": sum(regret) / len(regret)},
         [Table("Validation loss without a block", columns, rows)],
         [Matrix("Validation loss without a block", "first layer", "layers dropped", list(range(depth)), list(lengths), grid)],
     )

@@ -196,8 +196,7 @@ class _Runner:
                 self.journal.event("stage-started", **labels)
                 result = self._execute(stage, arm, data, seed, key, plan, title)
             else:
-                for line in result.curve:
-                    self.journal.metrics(plan.variant, seed, stage.name, line)
+                self._replay(result.curve, plan.variant, seed, stage.name)
             if result.model is not None:
                 arm.key, arm.make = key, partial(load, result.model, device=self.device)
             for metric, value in result.findings.get("metrics", {}).items():
@@ -213,6 +212,14 @@ class _Runner:
             self.progression.end(f"  {title} ({stage.kind}){_spoken(result)}{'  reused' if reused else f'  {result.seconds:.1f} s'}")
         self._keep_model(plan, seed, arm)
         return arm
+
+    def _replay(self, curve: list[dict[str, Any]], variant: str, seed: int, stage: str) -> None:
+        """The training values of a reused stage, to the journal and the trackers, as if it had run."""
+        if curve:
+            listener = _Listener(self, variant, seed, stage)
+            for line in curve:
+                listener.metrics(line)
+            listener.close()
 
     def _execute(self, stage: Stage, arm: _Arm, data: Data, seed: int, key: str, plan: Plan, title: str) -> Result:
         place = f"{plan.variant}/seed-{seed}"

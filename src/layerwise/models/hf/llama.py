@@ -10,7 +10,15 @@ from layerwise.models.hf.family import Family, Pair, only, same
 from layerwise.models.spec import HeadSpec, ModelSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
-LAYER: dict[str, Any] = {"causal": True, "position": "rotary", "ffn": "swiglu", "norm": "rmsnorm", "placement": "pre", "mixer": "attention", "cross": False}
+LAYER: dict[str, Any] = {
+    "causal": True,
+    "position": "rotary",
+    "ffn": "swiglu",
+    "norm": "rmsnorm",
+    "placement": "pre",
+    "mixer": "attention",
+    "cross": False,
+}
 UNIFORM = ("heads", "kv_heads", "head_dim", "ffn_width", "norm_eps", "rope_theta", "qkv_bias", "out_bias", "ffn_bias", "qk_norm")
 
 
