@@ -32,3 +32,15 @@ def lookup(table: Mapping[str, str], name: str, kind: str) -> Any:
         raise unknown(name, table, kind)
     module, attribute = table[name].split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def member(table: Mapping[str, str], room: str, name: str) -> Any:
+    """What `layerwise.<room>.some_name` is: the thing listed as `some-name`. A room's `__getattr__` returns it.
+
+    Raises:
+        AttributeError: the room lists no such thing.
+    """
+    listed = name.replace("_", "-")
+    if name.startswith("_") or listed not in table:
+        raise AttributeError(f"module 'layerwise.{room}' has no attribute '{name}'")
+    return lookup(table, listed, room)

@@ -645,3 +645,70 @@ def test_command_with_wrong_arguments_exits_with_two(
     assert re.search(pattern, result.stderr, re.DOTALL), result.stderr
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+RICH: dict[str, Any] = {
+    **BASE,
+    "title": "t",
+    "kinds": ["part"],
+    "paper": {"title": "t", "year": 2000, "arxiv": "1", "authors": "a"},
+    "claim": CLAIM,
+    "relations": [{"x": "a", "y": "b", "above": {"a": 1.0}}],
+    "data": {**BASE["data"], "columns": {}, "augment": {"flip": True}, "documents": 9, "validation": 0.2, "seed": 1},
+    "model": {
+        "embedding": {"position": "learned", "max_length": 64, "types": 0, "norm": "layernorm"},
+        "stack": {
+            "depth": 4,
+            "width": 16,
+            "overrides": {"0:2": {"heads": 1, "linears": {"q": {"kind": "lora", "rank": 2}}}},
+            "layer": {"heads": 2, "kv_heads": 1, "causal": True, "window": 4, "ffn": "swiglu", "placement": "deepnorm", "drop": 0.1},
+        },
+        "head": {"kind": "lm", "tie": True, "transform": "gelu"},
+    },
+    "stages": {
+        "fit": {
+            **BASE["stages"]["pretrain"],
+            "optimizer": {"name": "sgd", "lr": 0.1, "depth_lr": {"0": 0.5}, "options": {"momentum": 0.9}},
+            "schedule": {"name": "drops", "drops": {"0.5": 0.1}},
+            "policies": [{"name": "freeze", "layers": [0], "head": True}, {"name": "layer-dropout", "rate": 0.1}],
+        },
+        "cut": {"edit": "drop-layers", "layers": [1]},
+        "look": {"analyze": "block-sweep", "lengths": [1], "samples": 4},
+        "say": {"generate": ["a"], "new": 3},
+        "write": {"export": "layerwise", "dtype": "float32"},
+    },
+    "variants": {"a": {}, "b": {"model.stack.layer.placement": "post", "stages.cut": None}},
+    "seeds": [0, 1],
+    "scales": {"small": {"stages.fit.steps": 3}},
+    "notes": ["n"],
+}
+ODD: tuple[Any, ...] = (
+    None, True, 0, -1, 10**30, 0.5, 1e300, "", "x", "../x", "a.b", "\x00", [], [[]], [None], [{}], ["x", 1], {}, {"x": 1}, {"": None}, {1: 2}, b"x",
+)  # fmt: skip
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, child in inner for place in _places(child, (*path, key)))]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda v: repr(v)[:20])
+def test_no_odd_value_anywhere_gets_past_the_checks_as_another_error(odd: Any) -> None:
+    from layerwise.errors import BadInput
+    from layerwise.jobs.check import check_job
+    from layerwise.jobs.schema import read_job
+
+    check_job(read_job(copy.deepcopy(RICH)))
+    for place in _places(RICH)[1:]:
+        job = copy.deepcopy(RICH)
+        *inner, last = place
+        holder: Any = job
+        for part in inner:
+            holder = holder[part]
+        holder[last] = odd
+        try:
+            check_job(read_job(job))
+        except BadInput:
+            continue
+        except Exception as error:
+            pytest.fail(f"{'.'.join(map(str, place))}: {odd!r} raises {type(error).__name__}: {error}")

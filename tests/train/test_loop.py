@@ -160,7 +160,7 @@ def test_running_away_is_divergence_too(text):
     spec = dataclasses.replace(
         SPEC, steps=60, clip=None, optimizer=OptimizerSpec("sgd", lr=300.0), schedule=ScheduleSpec("constant", warmup=0)
     )
-    with pytest.raises(Diverged, match="the loss has grown|not finite"):
+    with pytest.raises(Diverged, match=r"the loss has grown|not finite"):
         train(_model(), text, spec)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.table import lookup
+from layerwise.table import member
 
 ANALYSES = {
     "inspect": "layerwise.analyze.overview:inspect",
@@ -18,6 +18,4 @@ ANALYSES = {
 
 def __getattr__(name: str) -> Any:
     """`layerwise.analyze.some_name` is the function listed as `some-name`."""
-    if name.startswith("_") or name.replace("_", "-") not in ANALYSES:
-        raise AttributeError(f"module 'layerwise.analyze' has no attribute '{name}'")
-    return lookup(ANALYSES, name.replace("_", "-"), "analyze")
+    return member(ANALYSES, "analyze", name)

@@ -22,8 +22,7 @@ from layerwise.data.sources import check_source, read_source, source_identity, t
 from layerwise.data.spec import DataSpec
 from layerwise.data.tokenizer import encoded, make_tokenizer, read_tokenizer, special_ids
 from layerwise.errors import BadInput
-from layerwise.files import check_folder, digest, write_file, write_json
-from layerwise.files import whole_folder as whole
+from layerwise.files import check_folder, digest, whole_folder, write_file, write_json
 
 __all__ = ["Data", "Split", "check_source", "load_data"]
 
@@ -145,7 +144,7 @@ def load_data(spec: DataSpec, data_dir: Path | None = None, cache_dir: Path | No
         return _assembled(spec, kept["meta"], arrays, data_dir)
     except (BadInput, OSError, ValueError, KeyError):
         meta, arrays = _prepare(spec, data_dir)
-    with whole(folder) as temporary:
+    with whole_folder(folder) as temporary:
         for split, named in arrays.items():
             for name, array in named.items():
                 np.save(temporary / f"{split}.{name}.npy", array, allow_pickle=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.table import lookup
+from layerwise.table import member
 
 EDITS = {
     "drop-layers": "layerwise.edit.drop:drop_layers",
@@ -26,6 +26,4 @@ so that a job that cannot work is refused before its first stage trains."""
 
 def __getattr__(name: str) -> Any:
     """`layerwise.edit.some_name` is the function listed as `some-name`."""
-    if name.startswith("_") or name.replace("_", "-") not in EDITS:
-        raise AttributeError(f"module 'layerwise.edit' has no attribute '{name}'")
-    return lookup(EDITS, name.replace("_", "-"), "edit")
+    return member(EDITS, "edit", name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.table import lookup
+from layerwise.table import member
 
 EVALUATIONS = {
     "language-modeling": "layerwise.evaluate.language:language_modeling",
@@ -15,6 +15,4 @@ EVALUATIONS = {
 
 def __getattr__(name: str) -> Any:
     """`layerwise.evaluate.some_name` is the function listed as `some-name`."""
-    if name.startswith("_") or name.replace("_", "-") not in EVALUATIONS:
-        raise AttributeError(f"module 'layerwise.evaluate' has no attribute '{name}'")
-    return lookup(EVALUATIONS, name.replace("_", "-"), "evaluate")
+    return member(EVALUATIONS, "evaluate", name)

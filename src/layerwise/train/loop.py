@@ -240,19 +240,22 @@ class _Loop:
             policy.before_step(run)
         around = tuple(a for policy in self.policies for a in policy.around)
         rows = self.order.indices(run.step)
-        counted, nominal = None, None
+        # Alone, one micro-batch is divided by its own count. Several micro-batches or processes are divided by one number
+        # they all know beforehand, and the exact count puts it right once the gradients are together.
+        alone = spec.accumulate == 1 and self.world == 1
+        usual = spec.batch / self.world * max(getattr(run.data.train, "tokens_per_row", 0), 1)
+        counted: Tensor | None = None
         for i, micro in enumerate(rows.chunk(spec.accumulate)):
             batch = self._batch(micro[self.rank :: self.world])
             waiting = i < spec.accumulate - 1
             with self.accelerator.no_sync(self.module) if waiting else contextlib.nullcontext(), self.accelerator.autocast():
                 loss = self.module(batch, self.generator, around)
-                nominal = loss.count.clamp(min=1) * spec.accumulate if nominal is None else nominal
-                self.accelerator.backward(loss.total / nominal)
+                self.accelerator.backward(loss.total / (loss.count.clamp(min=1) if alone else usual))
             counted = loss.count if counted is None else counted + loss.count
             self.window.add(loss)
             run.tokens += micro.numel() * (getattr(run.data.train, "tokens_per_row", 0) or 1)
-        if spec.accumulate > 1 or self.world > 1:
-            self._rescale(nominal, counted)
+        if not alone and counted is not None:
+            self._rescale(usual, counted)
         for policy in self.policies:
             policy.after_backward(run)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
@@ -265,14 +268,10 @@ class _Loop:
         run.optimizer.zero_grad()
         return norm
 
-    def _rescale(self, nominal: Tensor | None, counted: Tensor | None) -> None:
-        """Gradients were averaged as if every micro-batch and process had as many items as the first: make it exact."""
-        assert nominal is not None and counted is not None
+    def _rescale(self, usual: float, counted: Tensor) -> None:
+        """Gradients were divided by `usual`, and averaged over processes by DDP: make them the exact mean over all items."""
         everyone = self.accelerator.reduce(counted.clone(), "sum")
-        # DDP has averaged over processes what each divided by its own nominal count.
-        if self.world > 1:
-            nominal = self.accelerator.reduce(nominal.float().clone(), "mean")
-        scale = float(nominal) * self.world / max(float(everyone), 1.0)
+        scale = usual * self.world / max(float(everyone), 1.0)
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
 
     def _batch(self, rows: Tensor) -> dict[str, Tensor]:

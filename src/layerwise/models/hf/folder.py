@@ -12,8 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.files import whole_folder as whole
-from layerwise.files import write_json
+from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import assemble, refuse_pickle, some
 from layerwise.models.hf.family import Family
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -93,7 +92,7 @@ def export_hf(
     config = {**family.write(model.spec), "max_position_embeddings": max_length or 2048, "dtype": str(kind).removeprefix("torch.")}
     special = {} if tokenizer is None else _special(tokenizer)
     config |= {f"{role}_token_id": tokenizer.token_to_id(name) for role, name in special.items() if role in ("pad", "eos", "bos")}
-    with whole(folder) as temporary:
+    with whole_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         _write_shards(temporary, tensors, shard_bytes)
         if model.causal:
