@@ -175,6 +175,8 @@ WRONG_TYPES = {
     "depth is a list": ({"model/stack/depth": [2]}, r"model\.stack\.depth: .*integer"),
     "width is a fraction": ({"model/stack/width": 16.5}, r"model\.stack\.width: .*16\.5"),
     "width is zero": ({"model/stack/width": 0}, r"model\.stack.*width.*0"),
+    "depth is enormous": ({"model/stack/depth": 10**9}, r"model\.stack\.depth: at most 10,000 layers; got 1,000,000,000"),
+    "seed is enormous": ({"seeds": [10**30]}, r"seeds\.0: 1e\+30 is too large"),
     "depth is negative": ({"model/stack/depth": -1}, r"model\.stack.*depth.*-1"),
     "stack is a list": ({"model/stack": [1, 2]}, r"model\.stack: .*mapping"),
     "layer is text": ({"model/stack/layer": "attention"}, r"model\.stack\.layer: .*mapping"),

@@ -135,6 +135,8 @@ def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
     policies = []
     for policy in train.policies:
         options = {k: v for k, v in policy.items() if k != "name"}
+        if not isinstance(policy["name"], str):
+            raise unknown(str(policy["name"]), POLICIES, "policy")
         kind = lookup(POLICIES, policy["name"], "policy")
         complete = checked_options(kind, options, f"policies.{policy['name']}")
         if spec is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -27,10 +28,15 @@ Scale = Literal["smoke", "small", "full"]
 SCALES = get_args(Scale)
 VARIED = ("data", "model", "stages")
 """The sections of a job that variants change."""
+LAYERS_AT_MOST = 10_000
 DEEPEST = 64
 """Levels of mappings and lists in a job file."""
 TABLES = {"train": OBJECTIVES, "edit": EDITS, "analyze": ANALYSES, "evaluate": EVALUATIONS}
 KINDS = {"train": "objective", "edit": "edit", "analyze": "analysis", "evaluate": "evaluation"}
+
+
+_adapter = functools.cache(TypeAdapter)
+"""Pydantic takes longer to make a validator than to use it."""
 
 
 class Strict(BaseModel):
@@ -185,7 +191,7 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
     if isinstance(raw.get("variants"), dict):
         # A scale may take a variant out by giving it as null.
         raw["variants"] = {name: change for name, change in raw["variants"].items() if change is not None}
-    job = parsed(TypeAdapter(Job), raw, "")
+    job = parsed(_adapter(Job), raw, "")
     plans = job.plans()
     if job.claim is not None:
         for role in ("method", "baseline"):
@@ -226,6 +232,8 @@ def _finite(value: Any, where: str) -> None:
             _finite(inner, f"{where}.{i}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"{where}: a finite number is expected; got {value}")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise BadInput(f"{where}: {value:.3g} is too large a number")
 
 
 def _check_metric(metric: str, plan: Plan) -> None:
@@ -398,7 +406,7 @@ def _plan(variant: str, data: dict[str, Any]) -> Plan:
     stages = tuple(_stage(name, value) for name, value in data["stages"].items())
     if not stages:
         raise BadInput(f"variants.{variant}: no stage is left")
-    return Plan(variant, parsed(TypeAdapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
+    return Plan(variant, parsed(_adapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
 
 
 def _texts_as_keys(value: Any) -> Any:
@@ -421,7 +429,11 @@ def _model(data: dict[str, Any]) -> ModelSpec | Path:
             data = merged(preset(str(data["preset"])), {k: v for k, v in data.items() if k != "preset"})
         except BadInput as error:
             raise BadInput(f"model.preset: {error}") from error
-    return parsed(TypeAdapter(ModelSpec), data, "model")
+    for part in ("stack", "decoder"):
+        depth = data[part].get("depth") if isinstance(data.get(part), dict) else None
+        if isinstance(depth, int | float) and depth > LAYERS_AT_MOST:
+            raise BadInput(f"model.{part}.depth: at most {LAYERS_AT_MOST:,} layers; got {depth:,}")
+    return parsed(_adapter(ModelSpec), data, "model")
 
 
 def _stage(name: str, value: Any) -> Stage:
@@ -435,11 +447,11 @@ def _stage(name: str, value: Any) -> Stage:
     what, rest = value[kind], {k: v for k, v in value.items() if k != kind}
     if kind == "generate":
         prompts = [what] if isinstance(what, str) else what
-        return Stage(name, kind, "generate", spec=parsed(TypeAdapter(Generate), {"prompts": prompts, **rest}, where))
+        return Stage(name, kind, "generate", spec=parsed(_adapter(Generate), {"prompts": prompts, **rest}, where))
     if kind == "export":
-        return Stage(name, kind, str(what), spec=parsed(TypeAdapter(Export), {"format": what, **rest}, where))
+        return Stage(name, kind, str(what), spec=parsed(_adapter(Export), {"format": what, **rest}, where))
     if not isinstance(what, str) or what not in TABLES[kind]:
         raise BadInput(f"{where}.{kind}: {unknown(what, TABLES[kind], KINDS[kind])}")
     if kind == "train":
-        return Stage(name, kind, what, spec=parsed(TypeAdapter(TrainSpec), {"objective": what, **rest}, where))
+        return Stage(name, kind, what, spec=parsed(_adapter(TrainSpec), {"objective": what, **rest}, where))
     return Stage(name, kind, what, options=rest)
