@@ -109,7 +109,6 @@ def test_events_tell_every_stage_once_and_the_base_is_trained_once_a_seed(finish
     assert (cut["before"]["layers"], cut["after"]["layers"]) == (3, 2)
 
 
-@pytest.mark.xfail(reason="stack.depth.view takes a model with a single layer apart into its linears", strict=True)
 def test_events_count_a_single_layer_as_one(finished: Path, tmp_path: Path) -> None:
     cli(
         "run", finished.parent / "tiny.yaml", "--out", tmp_path / "run", "--quiet", "--seeds", "0", "--variant", "turned",

@@ -372,7 +372,6 @@ UNCHECKED = {
 
 
 @pytest.mark.parametrize(("changes", "pattern"), UNCHECKED.values(), ids=list(UNCHECKED))
-@pytest.mark.xfail(reason="train, embed, models and stack spec.py do not check these ranges yet", strict=True)
 def test_number_out_of_its_range_is_refused(tmp_path: Path, changes: dict[str, Any], pattern: str) -> None:
     refused(tmp_path, altered(changes), pattern)
 

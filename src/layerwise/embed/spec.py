@@ -41,6 +41,10 @@ class TokenSpec:
     def __post_init__(self) -> None:
         if self.vocab is not None and self.vocab < 1:
             raise BadInput(f"vocab must be at least 1; it is {self.vocab}")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
+        if self.norm_eps < 0 or (self.std is not None and self.std < 0):
+            raise BadInput(f"norm_eps and std must be >= 0; they are {self.norm_eps} and {self.std}")
         if self.max_length < 1:
             raise BadInput(f"max_length must be at least 1; it is {self.max_length}")
 

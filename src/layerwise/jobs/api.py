@@ -11,9 +11,10 @@ from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.catalogue import find
+from layerwise.jobs.complaint import parsed
 from layerwise.jobs.receipt import Receipt
 from layerwise.jobs.run import run_job
-from layerwise.jobs.schema import Scale, parsed, read_job
+from layerwise.jobs.schema import Scale, read_job
 
 
 def run(

@@ -13,13 +13,14 @@ import torch
 from layerwise.data.builtin import KINDS
 from layerwise.data.load import check_source
 from layerwise.data.tokenizer import SPECIALS
-from layerwise.edit import EDITS, PREVIEWS
+from layerwise.edit import PREVIEWS
 from layerwise.edit.adapt import Role
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.models.hf import family_for
+from layerwise.models.load import described
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LINEARS
@@ -88,50 +89,47 @@ def _prefixed(prefix: str) -> Iterator[None]:
 def _rehearsed(plan: Plan) -> Iterator[Stage]:
     """The plan's stages with complete options, each checked against the description of the model it will meet."""
     spec = _starting_spec(plan)
-    if spec is not None:
-        _check_parts(spec)
-        _match_data(spec, plan)
+    _check_parts(spec)
+    _match_data(spec, plan)
     for stage in plan.stages:
         with _prefixed(f"stages.{stage.name}: "):
             _check_head(stage, spec, plan)
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
             elif isinstance(stage.spec, Export):
-                if spec is not None and stage.spec.format == "hf":
+                if stage.spec.format == "hf":
                     family_for(spec)
                 yield stage
             elif stage.spec is not None:
-                if spec is not None and not spec.causal:
+                if not spec.causal:
                     raise BadInput("only a causal model can generate text")
-                if spec is not None and (spec.head is None or spec.head.kind != "lm"):
+                if spec.head is None or spec.head.kind != "lm":
                     raise BadInput("only a model with a head of kind lm can generate text: set model.head.kind")
                 yield stage
             else:
                 function = lookup(TABLES[stage.kind], stage.what, stage.kind)
                 stage = dataclasses.replace(stage, options=checked_options(function, stage.options, stage.what))
-                if stage.kind == "edit" and spec is not None:
-                    spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options) if stage.what in EDITS else spec
+                if stage.kind == "edit":
+                    spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options)
                 yield stage
 
 
-def _starting_spec(plan: Plan) -> ModelSpec | None:
-    """The description of the model a plan begins with; None when it comes from a checkpoint that is read later."""
+def _starting_spec(plan: Plan) -> ModelSpec:
+    """The description of the model a plan begins with."""
     if isinstance(plan.model, Path):
         if not plan.model.is_dir():
             raise BadInput(f"model.load: there is no folder {plan.model}")
-        if not any((plan.model / name).is_file() for name in ("model.json", "config.json", "job.yaml")):
-            raise BadInput(f"model.load: {plan.model} holds no model (no model.json and no config.json)")
-        return None
+        with _prefixed("model.load: "):
+            return described(plan.model)
     return plan.model.with_vocab(plan.data.tokenizer.vocab)
 
 
-def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
+def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
     checked_options(lookup(OBJECTIVES, train.objective, "objective"), train.options, "options")
     check_options(train.optimizer)
     _check_optimizer(train.optimizer)
-    if spec is not None:
-        for key in train.optimizer.depth_lr:
-            indices(key, spec.stack.depth)
+    for key in train.optimizer.depth_lr:
+        indices(key, spec.stack.depth)
     policies = []
     for policy in train.policies:
         options = {k: v for k, v in policy.items() if k != "name"}
@@ -139,9 +137,8 @@ def _checked_training(train: TrainSpec, spec: ModelSpec | None) -> TrainSpec:
             raise unknown(str(policy["name"]), POLICIES, "policy")
         kind = lookup(POLICIES, policy["name"], "policy")
         complete = checked_options(kind, options, f"policies.{policy['name']}")
-        if spec is not None:
-            for key in complete.get("layers", ()):
-                indices(key, spec.stack.depth)
+        for key in complete.get("layers", ()):
+            indices(key, spec.stack.depth)
         policies.append({"name": policy["name"], **complete})
     return dataclasses.replace(train, policies=tuple(policies))
 
@@ -154,9 +151,9 @@ def _check_optimizer(spec: OptimizerSpec) -> None:
         raise BadInput(f"optimizer: '{spec.name}' cannot have these options {spec.options}: {error}") from error
 
 
-def _check_head(stage: Stage, spec: ModelSpec | None, plan: Plan) -> None:
+def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
     need = NEEDS_HEAD.get(stage.what)
-    if spec is None or need is None:
+    if need is None:
         return
     have = spec.head.kind if spec.head is not None else "no"
     if have != need:

@@ -8,7 +8,7 @@ from typing import Any
 
 from layerwise.files import write_file
 from layerwise.jobs.catalogue import SYSTEMS, listing, receipt_data
-from layerwise.jobs.schema import read_yaml
+from layerwise.jobs.yamlfile import read_yaml
 
 HEADER = """# Systems
 

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import yaml
 
 from layerwise.errors import BadInput
+from layerwise.jobs.yamlfile import PlainNumbers
 
 VERBS = ("train", "edit", "analyze", "evaluate", "generate", "export")
-
-
-class PlainNumbers(yaml.SafeLoader):
-    """PyYAML's safe loader with the numbers of YAML 1.2: `1e-3` is a number, and the slice `4:8` is not one in base 60."""
-
-
-_NUMBERS = {
-    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$",
-    "tag:yaml.org,2002:float": r"[-+]?((\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(inf|Inf|INF))$|\.(nan|NaN|NAN)$",
-}
-PlainNumbers.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] not in _NUMBERS] for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern in _NUMBERS.items():
-    PlainNumbers.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
 def changed(data: dict[str, Any], overrides: dict[str, Any], where: str) -> dict[str, Any]:

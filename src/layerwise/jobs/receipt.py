@@ -119,7 +119,11 @@ def related(relation: Relation, metrics: dict[str, dict[str, dict[str, float]]])
         for seed in arm.get(relation.x, {}):
             if seed in arm.get(relation.y, {}) and all(arm.get(m, {}).get(seed, -math.inf) >= least for m, least in relation.above.items()):
                 points.append((arm[relation.x][seed], arm[relation.y][seed]))
-    rank = float(stats.spearmanr(*zip(*points, strict=True)).statistic) if len({p[0] for p in points}) > 2 else None
+    rank = (
+        float(stats.spearmanr(*zip(*points, strict=True)).statistic)
+        if len(points) > 2 and all(len(set(axis)) > 1 for axis in zip(*points, strict=True))
+        else None
+    )
     return {**relation.model_dump(), "points": len(points), "spearman": None if rank is None or math.isnan(rank) else rank}
 
 

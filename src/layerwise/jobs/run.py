@@ -26,8 +26,9 @@ from layerwise.jobs.console import Progression
 from layerwise.jobs.journal import Journal, claimed
 from layerwise.jobs.meter import metered
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
-from layerwise.jobs.schema import Job, Plan, Stage, read_job, read_yaml
+from layerwise.jobs.schema import Job, Plan, Stage, read_job
 from layerwise.jobs.stages import run_stage
+from layerwise.jobs.yamlfile import read_yaml
 from layerwise.models.checkpoint import load, save
 from layerwise.models.load import load_any
 from layerwise.models.model import Model, build

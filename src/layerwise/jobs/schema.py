@@ -9,15 +9,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from layerwise.analyze import ANALYSES
 from layerwise.data.spec import DataSpec
 from layerwise.edit import EDITS
 from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
-from layerwise.jobs.merge import VERBS, PlainNumbers, changed, merged
+from layerwise.jobs.complaint import parsed
+from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.jobs.yamlfile import read_yaml
 from layerwise.models.presets import preset
 from layerwise.models.spec import ModelSpec
 from layerwise.objectives import OBJECTIVES
@@ -29,8 +30,6 @@ SCALES = get_args(Scale)
 VARIED = ("data", "model", "stages")
 """The sections of a job that variants change."""
 LAYERS_AT_MOST = 10_000
-DEEPEST = 64
-"""Levels of mappings and lists in a job file."""
 TABLES = {"train": OBJECTIVES, "edit": EDITS, "analyze": ANALYSES, "evaluate": EVALUATIONS}
 KINDS = {"train": "objective", "edit": "edit", "analyze": "analysis", "evaluate": "evaluation"}
 
@@ -245,134 +244,6 @@ def _check_metric(metric: str, plan: Plan) -> None:
     stage = metric.rpartition(".")[0]
     if stage and stage not in names:
         raise BadInput(f"claim.metric: there is no stage '{stage}' in '{plan.variant}'.{nearest(stage, names)} Stages: {', '.join(names)}.")
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping; keys may not repeat."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except FileNotFoundError:
-        raise BadInput(f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise BadInput(f"{path} is a folder; a job is a YAML file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise BadInput(f"{path} is not YAML: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
-    if not isinstance(value, dict):
-        kinds = {type(None): "nothing", list: "a list", str: "a text"}
-        raise BadInput(
-            f"{path} holds {kinds.get(type(value), f'one {type(value).__name__}')}; a job is a mapping with name, model and stages"
-        )
-    if odd := [key for key in value if not isinstance(key, str)]:
-        raise BadInput(f"{odd[0]}: keys of a job are texts; put quotes around it if it is meant")
-    return value
-
-
-class _UniqueKeys(PlainNumbers):
-    """A safe loader, but a key given twice is an error instead of a silent loss, and aliases cannot blow up."""
-
-    level = 0
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str | int | float | bool) and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", key_node.start_mark)
-            seen.add(str(key) if not isinstance(key, str | int | float | bool) else key)
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not used in job files", self.peek_event().start_mark)
-        if self.level > DEEPEST:
-            raise yaml.composer.ComposerError(None, None, "nested too deeply", self.peek_event().start_mark)
-        self.level += 1
-        try:
-            return super().compose_node(parent, index)
-        finally:
-            self.level -= 1
-
-
-def parsed(adapter: TypeAdapter[Any], value: Any, where: str) -> Any:
-    """`value` validated, with pydantic's complaint turned into one message for a person."""
-    try:
-        made = adapter.validate_python(value)
-        refuse_truth(value, made, where)
-        return made
-    except ValidationError as error:
-        raise BadInput(_complaint(error, where)) from error
-    except RecursionError:
-        raise BadInput(f"{where or 'the job'} is nested too deeply") from None
-
-
-def refuse_truth(given: Any, made: Any, where: str) -> None:
-    """Refuse `yes` where a number belongs, which pydantic would read as 1."""
-    if isinstance(given, bool) and isinstance(made, int | float) and not isinstance(made, bool):
-        raise BadInput(f"{where}: a number is expected (got {str(given)!r})")
-    if isinstance(given, dict):
-        for key, inner in given.items():
-            reached = made.get(key) if isinstance(made, dict) else getattr(made, str(key), None)
-            refuse_truth(inner, reached, f"{where}.{key}" if where else str(key))
-    elif isinstance(given, list) and isinstance(made, list | tuple):
-        for i, (inner, reached) in enumerate(zip(given, made, strict=False)):
-            refuse_truth(inner, reached, f"{where}.{i}")
-
-
-def _complaint(error: ValidationError, where: str) -> str:
-    # Of several complaints the first unknown key is the likeliest cause of the others (a missing one, a wrong shape).
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] in ("extra_forbidden", "unexpected_keyword_argument")), errors[0])
-    whole = [str(part) for part in first["loc"] if part != "[key]"]
-    # A tag that tells kinds of embeddings and stacks apart follows the key of the thing itself.
-    tagged = {i for i, part in enumerate(whole) if part in TAGS.get(whole[i - 1] if i else "", ())}
-    loc = [part for i, part in enumerate(whole) if i not in tagged]
-    place = ".".join([where, *loc] if where else loc) or "the job"
-    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _siblings(error.title, whole)
-        more = f" Known: {', '.join(known)}." if known else ""
-        return f"{place}: unknown key.{nearest(loc[-1], known)}{more}"
-    if first["type"] == "missing":
-        return f"{place}: this key is required"
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] in ("dict_type", "model_type", "dataclass_type", "model_attributes_type", "mapping_type"):
-        message = "a mapping is expected"
-    given = first.get("input")
-    shown = "" if isinstance(given, dict) or first["type"] == "value_error" else f" (got {str(given)[:80]!r})"
-    return f"{place}: {message}{shown}"
-
-
-TAGS = {"embedding": ("tokens", "pixels"), "stack": ("layers", "plain")}
-
-
-def _siblings(title: str, loc: list[str]) -> list[str]:
-    """Names of the fields beside an unknown key."""
-    spec: Any = {
-        "Job": Job,
-        "ModelSpec": ModelSpec,
-        "DataSpec": DataSpec,
-        "TrainSpec": TrainSpec,
-        "Generate": Generate,
-        "Export": Export,
-    }.get(title)
-    from layerwise.data.spec import AugmentSpec, TokenizerSpec
-    from layerwise.embed.spec import PixelSpec, TokenSpec
-    from layerwise.models.plain_spec import PlainLayerSpec
-    from layerwise.models.spec import HeadSpec
-    from layerwise.optim.spec import OptimizerSpec, ScheduleSpec
-    from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
-
-    inner = {
-        "claim": Claim, "paper": Paper, "stack": StackSpec, "decoder": StackSpec, "layer": LayerSpec, "embedding": TokenSpec,
-        "target": TokenSpec, "head": HeadSpec, "optimizer": OptimizerSpec, "schedule": ScheduleSpec, "tokenizer": TokenizerSpec,
-        "augment": AugmentSpec, "linears": LinearSpec, "pixels": PixelSpec, "plain": PlainLayerSpec, "relations": Relation,
-    }  # fmt: skip
-    for part in loc[:-1]:
-        spec = inner.get(part, spec)
-    if spec is None:
-        return []
-    return list(spec.model_fields) if isinstance(spec, type) and issubclass(spec, BaseModel) else [f.name for f in dataclasses.fields(spec)]
 
 
 def _varied(variant: str, base: dict[str, Any], change: dict[str, Any]) -> Plan:

@@ -58,7 +58,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if not (folder / "model.json").is_file():
         raise BadInput(f"{folder} holds no layerwise checkpoint (no model.json) and no Hugging Face one (no config.json)")
     check_folder(folder)
-    spec, shared = _description(folder / "model.json")
+    spec, shared = description(folder / "model.json")
     try:
         with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
@@ -107,7 +107,12 @@ def _distinct(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
     return tensors, shared
 
 
-def _description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
+def description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
+    """The spec in a model.json, and which tensor names are another's second name.
+
+    Raises:
+        BadInput: it is not one, or of a format this version does not read.
+    """
     try:
         data = json.loads(path.read_text())
         if data["format"] != FORMAT:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from layerwise.errors import BadInput
+from layerwise.models.checkpoint import description, save
 from layerwise.models.checkpoint import load as load_own
-from layerwise.models.checkpoint import save
 from layerwise.models.hf import export_hf, import_hf
+from layerwise.models.hf.folder import read_config
 from layerwise.models.model import Model, build
 from layerwise.models.presets import PRESETS, preset
-from layerwise.models.spec import model_spec
+from layerwise.models.spec import ModelSpec, model_spec
 from layerwise.table import unknown
 
 
@@ -44,6 +45,20 @@ def load_any(source: str | Path, device: str = "cpu", dtype: torch.dtype | None 
     if "/" in str(source) or folder.suffix:
         raise BadInput(f"there is no folder {source}")
     raise unknown(str(source), PRESETS, "folder or preset")
+
+
+def described(folder: Path) -> ModelSpec:
+    """The description of the model in a folder, without its tensors.
+
+    Raises:
+        BadInput: the folder holds no model, or none that can be described.
+    """
+    inner = _run_model(folder)
+    if (inner / "model.json").is_file():
+        return description(inner / "model.json")[0]
+    if (inner / "config.json").is_file():
+        return read_config(inner)[1]
+    raise BadInput(f"{folder} holds no model (no model.json and no config.json)")
 
 
 def _run_model(folder: Path) -> Path:

@@ -40,6 +40,12 @@ class HeadSpec:
 
     __pydantic_config__ = FORBID
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
+        if self.norm_eps < 0:
+            raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
+
 
 def _embedding_kind(value: Any) -> str:
     return (value.get("kind", "tokens") if isinstance(value, dict) else getattr(value, "kind", "tokens")) or "tokens"

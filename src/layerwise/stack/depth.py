@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from layerwise.stack.stack import Stack
+
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
@@ -49,13 +51,14 @@ class View:
 
 
 def view(module: nn.Module) -> View:
-    """Find the layers of a network: the repeated blocks where there are some, else its modules that own weights, in order.
+    """Find the layers of a network: those of our stacks; else the repeated blocks; else the modules that own weights, in order.
 
     Repeated blocks are the children of a list of like modules (`nn.ModuleList`, `nn.Sequential`). A list of stages that
     hold such lists themselves (ResNet, Swin) is opened; a list inside a block (experts, heads) is not.
     """
-    names = _blocks(module, "")
-    if len(names) < 2:
+    stacks = [(name, part.depth) for name, part in module.named_modules() if isinstance(part, Stack)]
+    names = [f"{name}.layers.{i}".lstrip(".") for name, depth in stacks for i in range(depth)] or _blocks(module, "")
+    if not stacks and len(names) < 2:
         names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
     modules = dict(module.named_modules())
     return View(module, tuple(names), tuple(modules[n] for n in names))

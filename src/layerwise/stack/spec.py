@@ -111,6 +111,8 @@ class LayerSpec:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1; it is {value}")
+        if self.norm_eps < 0 or self.rope_theta <= 0:
+            raise BadInput(f"norm_eps is >= 0 and rope_theta > 0; got {self.norm_eps} and {self.rope_theta}")
         for name in ("dropout", "attention_dropout", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is a probability in [0, 1); it is {getattr(self, name)}")
@@ -208,6 +210,8 @@ class StackSpec:
             for name in changes:
                 if name not in known:
                     raise BadInput(f"overrides '{key}': a layer has no field '{name}'.{nearest(name, known)}")
+        if self.init_std < 0:
+            raise BadInput(f"init_std must be >= 0; it is {self.init_std}")
         self.layers  # noqa: B018  resolving checks every layer, so a spec that exists can be built
 
     @property

@@ -56,6 +56,8 @@ class TrainSpec:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise BadInput(f"{name} must be positive; it is {value}")
+        if self.val_every < 0 or self.val_batches < 1:
+            raise BadInput(f"val_every is >= 0 and val_batches >= 1; got {self.val_every} and {self.val_batches}")
         if self.batch % self.accumulate:
             raise BadInput(f"batch ({self.batch}) must be a multiple of accumulate ({self.accumulate})")
         for policy in self.policies:

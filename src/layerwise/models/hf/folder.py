@@ -17,6 +17,7 @@ from layerwise.models.checkpoint import assemble, refuse_pickle, some
 from layerwise.models.hf.family import Family
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.table import lookup, nearest
 
 INDEX = "model.safetensors.index.json"
@@ -31,19 +32,7 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
             are missing or left over (named).
     """
     folder = Path(folder)
-    refuse_pickle(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{folder / 'config.json'} is not a model's config: {error}") from error
-    if kind not in FAMILIES:
-        raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
-    family: Family = lookup(FAMILIES, kind, "family")
-    try:
-        spec = family.read(config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder / 'config.json'} lacks or garbles {error}") from error
+    family, spec = read_config(folder)
     theirs = _tensors(folder, str(device))
     with torch.device("meta"):
         sizes = {name: t.shape[0] if t.dim() else 1 for name, t in Model(spec).state_dict().items()}
@@ -60,6 +49,27 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     if missing or extra:
         raise BadInput(f"{folder} does not fit its config: missing {some(missing)}, unexpected {some(extra)}")
     return assemble(spec, ours, {}, dtype, folder)
+
+
+def read_config(folder: Path) -> tuple[Family, ModelSpec]:
+    """The family of a checkpoint folder and the description that its config.json amounts to; no tensor is read.
+
+    Raises:
+        BadInput: pickle files only, no usable config, or a family we do not have.
+    """
+    refuse_pickle(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{folder / 'config.json'} is not a model's config: {error}") from error
+    if kind not in FAMILIES:
+        raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
+    family: Family = lookup(FAMILIES, kind, "family")
+    try:
+        return family, family.read(config)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder / 'config.json'} lacks or garbles {error}") from error
 
 
 def export_hf(
