@@ -13,8 +13,8 @@ from layerwise.analyze.cost import ATTENTION, costs, size
 from layerwise.analyze.gradients import gradient_norms, variation
 from layerwise.analyze.overview import inspect
 from layerwise.analyze.rotation import cosine_distance, kernels_by_depth, rotation
-from layerwise.analyze.sensitivity import block_sweep, layer_drop
-from layerwise.edit.drop import drop_layers
+from layerwise.analyze.sensitivity import block_drop, block_sweep, layer_drop
+from layerwise.edit.drop import choose_block, drop_layers
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.models.model import build
@@ -124,6 +124,20 @@ def test_block_sweep_finds_the_best_block_and_never_negative_regret(model, text)
     assert [sum(v is not None for v in row) for row in found.matrices[0].values] == [4, 3, 2]
     with pytest.raises(BadInput, match="lengths are 1 to 3"):
         block_sweep(model, text, lengths=[4])
+
+
+def test_block_drop_is_the_loss_after_the_rule_and_the_mean_for_random(model, text):
+    options = {"count": 2, "batches_at_most": 2, "samples": 16}
+    each = {}
+    for first in range(3):
+        cut = drop_layers(model, layers=[first, first + 1])
+        each[first] = language_modeling(cut, text, batches_at_most=2).metrics["val_loss"]
+    found = {rule: block_drop(model, text, rule=rule, **options).metrics["block_loss"] for rule in ("angular", "deepest", "random")}
+    assert found["random"] == pytest.approx(sum(each.values()) / 3, abs=1e-6)
+    assert found["deepest"] == pytest.approx(each[1], abs=1e-6)
+    assert found["angular"] == pytest.approx(each[choose_block(model, text, count=2, samples=16)[0]], abs=1e-6)
+    whole = block_drop(model, text, count=0).metrics
+    assert whole["block_loss_added"] == 0
 
 
 def test_inspect_names_embedding_and_head_and_leaves_the_model_as_it_was(model, text):

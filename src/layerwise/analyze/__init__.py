@@ -10,6 +10,7 @@ ANALYSES = {
     "inspect": "layerwise.analyze.overview:inspect",
     "angular-distance": "layerwise.analyze.similarity:angular_distance",
     "layer-drop": "layerwise.analyze.sensitivity:layer_drop",
+    "block-drop": "layerwise.analyze.sensitivity:block_drop",
     "block-sweep": "layerwise.analyze.sensitivity:block_sweep",
     "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",

@@ -8,6 +8,7 @@ from typing import Any
 
 from layerwise.analyze.findings import Cell, Findings, Matrix, Table
 from layerwise.analyze.similarity import best_block, distances
+from layerwise.edit.drop import Rule, choose_block, preview_drop
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.models.model import Model
@@ -24,6 +25,35 @@ def layer_drop(model: Model, data: Any, *, split: str = "validation", batch: int
     drops = [losses(i, 1) - whole for i in range(depth)]
     table = Table("Loss added by skipping a layer", ["layer", "added loss"], [[i, d] for i, d in enumerate(drops)])
     return Findings({"whole_loss": whole, "layer_drop_mean": sum(drops) / max(depth, 1)}, [table])
+
+
+def block_drop(
+    model: Model,
+    data: Any,
+    *,
+    count: int,
+    rule: Rule = "angular",
+    samples: int = 256,
+    split: str = "validation",
+    batch: int = 16,
+    batches_at_most: int = 8,
+) -> Findings:
+    """Loss on a split without the block of `count` layers that a rule would drop (chosen on training rows).
+
+    For `random` it is the exact expectation, the mean over all blocks of that length: one draw says little, as a block with
+    the first layer in it costs many times more than others.
+
+    Metrics: `block_loss`, and `block_loss_added` to the whole model's.
+    """
+    losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
+    whole = losses(0, 0)
+    if rule == "random":
+        preview_drop(model.spec, count=count)
+        starts = list(range(model.stack.depth - count + 1)) if count else [0]
+    else:
+        starts = choose_block(model, data, count=count, rule=rule, samples=samples)[:1] or [0]
+    loss = sum(losses(first, count) for first in starts) / len(starts)
+    return Findings({"block_loss": loss, "block_loss_added": loss - whole})
 
 
 def block_sweep(

@@ -119,12 +119,9 @@ def related(relation: Relation, metrics: dict[str, dict[str, dict[str, float]]])
         for seed in arm.get(relation.x, {}):
             if seed in arm.get(relation.y, {}) and all(arm.get(m, {}).get(seed, -math.inf) >= least for m, least in relation.above.items()):
                 points.append((arm[relation.x][seed], arm[relation.y][seed]))
-    rank = (
-        float(stats.spearmanr(*zip(*points, strict=True)).statistic)
-        if len(points) > 2 and all(len(set(axis)) > 1 for axis in zip(*points, strict=True))
-        else None
-    )
-    return {**relation.model_dump(), "points": len(points), "spearman": None if rank is None or math.isnan(rank) else rank}
+    varied = len({x for x, _ in points}) > 2 and len({y for _, y in points}) > 1
+    rank = float(stats.spearmanr(*zip(*points, strict=True)).statistic) if varied else math.nan
+    return {**relation.model_dump(), "points": len(points), "spearman": None if math.isnan(rank) else rank}
 
 
 def environment(device: str) -> dict[str, Any]:
