@@ -32,21 +32,19 @@ class View:
     def depth_of(self) -> dict[str, int]:
         """Parameter name -> depth: -1 before the first layer, i inside layer i, `depth` after the last."""
         depths: dict[str, int] = {}
-        reached = -1
-        for name, _ in self.module.named_parameters(remove_duplicate=False):
-            inside = next((i for i, layer in enumerate(self.names) if name.startswith(layer + ".")), None)
-            if inside is None:
-                depths[name] = -1 if reached < 0 else self.depth
-            else:
-                depths[name] = reached = inside
-        # What is registered between two layers (an encoder's last norm before a decoder) lies with the layer below it.
-        ordered = list(depths)
-        last = max((i for i, n in enumerate(ordered) if 0 <= depths[n] < self.depth), default=-1)
+        met: dict[int, int] = {}
         below = -1
-        for i, name in enumerate(ordered[: last + 1]):
-            if depths[name] == self.depth:
-                depths[name] = below
-            below = depths[ordered[i]]
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            inside = next((i for i, layer in enumerate(self.names) if name.startswith(layer + ".")), None)
+            # What is registered between two layers (an encoder's last norm before a decoder) lies with the layer below it,
+            # and a tensor that has several names lies where it is met first.
+            below = below if inside is None else inside
+            depths[name] = met.setdefault(id(parameter), below)
+        for name in reversed(depths if self.depth else {}):
+            if any(name.startswith(layer + ".") for layer in self.names):
+                break
+            if depths[name] == self.depth - 1:
+                depths[name] = self.depth
         return depths
 
 
@@ -94,5 +92,5 @@ def _is_stage(block: nn.Module) -> bool:
     """A stage groups blocks: it is a list itself, or is called a stage, or a list of blocks holds most of its weights."""
     if isinstance(block, LISTS) or "Stage" in type(block).__name__:
         return True
-    named = {n: c for n, c in block.named_children() if isinstance(c, LISTS) and n in ("blocks", "layers", "layer")}
+    named = {n: c for n, c in block.named_children() if isinstance(c, LISTS) and n in ("blocks", "layers")}
     return bool(named)

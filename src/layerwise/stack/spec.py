@@ -21,9 +21,9 @@ from layerwise.errors import BadInput
 from layerwise.table import nearest
 
 Placement = Literal["pre", "post", "sandwich", "deepnorm", "lns"]
-Norm = Literal["rmsnorm", "layernorm"]
+Norm = Literal["rmsnorm", "rmsnorm_zero", "layernorm"]
 Position = Literal["none", "rotary", "alibi", "relative"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 FORBID = {"extra": "forbid"}
 _SLICE = re.compile(r"^-?\d*(:-?\d*){0,2}$")
@@ -53,6 +53,32 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched so that a model reads longer texts than it was first trained on.
+
+    Attributes:
+        kind: `linear` divides every frequency by `factor` (Chen et al. 2023, "Extending Context Window"); `llama3` divides
+            the slow ones only, keeps the fast ones and blends in between (Llama 3.1's reference code).
+        factor: how much longer.
+        low, high: for llama3: frequencies that turn less than `low` times in `original` positions are slow, those that turn
+            more than `high` times are fast.
+        original: for llama3: the length the model was first trained on.
+    """
+
+    kind: Literal["linear", "llama3"] = "linear"
+    factor: float = 1.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if self.factor <= 0 or self.original < 1 or not 0 < self.low < self.high:
+            raise BadInput(f"rope_scaling needs factor > 0, original >= 1 and 0 < low < high; got {self}")
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """Everything a transformer layer can be. None means: filled in from the stack when it is resolved.
 
@@ -64,12 +90,17 @@ class LayerSpec:
         window: a position sees keys less than `window` positions away (None: all).
         cross: a cross-attention sub-layer over `Context.memory` stands between mixer and feed-forward.
         position: how attention knows positions: rotary, ALiBi, T5's relative buckets, or not at all.
-        rope_theta: base of the rotary frequencies.
+        rope_theta: base of the rotary frequencies. rope_scaling: how they are stretched (None: not).
+        rotary_dim: rotary positions turn this many of a head's dimensions, the first ones (None: all).
+        attention_scale: what scores are multiplied by before the softmax (None: 1/sqrt(head_dim); T5 uses 1).
         qkv_bias, out_bias, ffn_bias: biases of the linears. qk_norm: RMSNorm of every query and key head.
-        ffn: activation of the feed-forward; `swiglu` and `geglu` are gated. ffn_width: its inner size (None: 4x width,
+        ffn: activation of the feed-forward; `swiglu`, `geglu` and `geglu_tanh` are gated. ffn_width: its inner size (None: 4x width,
             or 8/3 of it rounded up to a multiple of 8 for the gated ones, which keeps the parameter count).
-        norm, norm_eps, norm_bias: the normalization; its bias exists for LayerNorm only.
+        norm, norm_eps, norm_bias: the normalization; its bias exists for LayerNorm only. `rmsnorm_zero` multiplies by
+            1 + weight, so that its weight starts at zero (Gemma).
         placement: where the norms stand around each sub-layer, see `layerwise.nn.residual`.
+        parallel: mixer and feed-forward read the same stream and are added together, x + F(N1(x)) + G(N2(x)), instead of
+            one after the other (GPT-J, GPT-NeoX).
         residual_scale: DeepNorm's alpha (None: (2 depth)^(1/4) for deepnorm, otherwise 1).
         norm_gain: initial gain of the norms (None: 1/sqrt(index + 1) for lns, otherwise 1).
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
@@ -87,6 +118,9 @@ class LayerSpec:
     cross: bool = False
     position: Position = "none"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    attention_scale: float | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
@@ -97,6 +131,7 @@ class LayerSpec:
     norm_eps: float = 1e-6
     norm_bias: bool = True
     placement: Placement = "pre"
+    parallel: bool = False
     residual_scale: float | None = None
     norm_gain: float | None = None
     dropout: float = 0.0
@@ -119,11 +154,13 @@ class LayerSpec:
         kv = self.kv_heads or self.heads
         if self.heads % kv:
             raise BadInput(f"heads ({self.heads}) must be a multiple of kv_heads ({kv})")
+        if self.parallel and (self.placement in ("post", "deepnorm") or self.cross):
+            raise BadInput("parallel layers have their norms before each branch and no cross-attention: use placement pre, lns or sandwich")
 
     @property
     def gated(self) -> bool:
         """Whether the feed-forward multiplies its activation by a second projection."""
-        return self.ffn in ("swiglu", "geglu")
+        return self.ffn in ("swiglu", "geglu", "geglu_tanh")
 
     def resolve(self, index: int, depth: int, width: int) -> LayerSpec:
         """This spec with every None that has a rule filled in, as layer `index` of `depth`."""
@@ -133,8 +170,10 @@ class LayerSpec:
             best = min(divisors, key=lambda h: abs(h - self.heads))
             raise BadInput(f"heads ({self.heads}) does not divide width ({width}) in layer {index}: use heads={best}, or set head_dim")
         head_dim = self.head_dim or width // self.heads
-        if self.position == "rotary" and head_dim % 2:
+        if self.position == "rotary" and self.rotary_dim is None and head_dim % 2:
             raise BadInput(f"rotary positions need an even head size; width {width} / heads {self.heads} gives {head_dim}")
+        if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
+            raise BadInput(f"rotary_dim must be even and at most the head size {head_dim}; it is {self.rotary_dim}")
         ffn_width = self.ffn_width or (-(-8 * width // 24) * 8 if self.gated else 4 * width)
         scale = self.residual_scale or ((2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0)
         gain = self.norm_gain or ((index + 1) ** -0.5 if self.placement == "lns" else 1.0)
