@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import tokenizers
@@ -31,20 +31,43 @@ def make_tokenizer(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
     """
     if spec.kind == "bytes":
         return _bytes()
-    if spec.kind == "bpe":
-        made = Tokenizer(models.BPE())
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        made.decoder = decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=spec.vocab, special_tokens=list(SPECIALS), initial_alphabet=_alphabet(), show_progress=False
-        )
-    else:
-        made = Tokenizer(models.WordPiece(unk_token="<unk>"))
-        made.normalizer = normalizers.BertNormalizer(lowercase=spec.lowercase)
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        made.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(vocab_size=spec.vocab, special_tokens=list(SPECIALS), show_progress=False)
-    made.train_from_iterator(documents, trainer)
+    if spec.kind == "wordpiece":
+        return _wordpiece(spec, documents)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator(documents, _trainer(spec.vocab, _alphabet()))
+    return made
+
+
+def _trainer(vocab: int, alphabet: list[str]) -> trainers.BpeTrainer:
+    return trainers.BpeTrainer(vocab_size=vocab, special_tokens=list(SPECIALS), initial_alphabet=alphabet, show_progress=False)
+
+
+def _wordpiece(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
+    """BERT's tokenizer: words are cut into the longest pieces of a vocabulary, `##` marking those inside a word.
+
+    The library's own WordPiece trainer gives another vocabulary every time (its ties follow a hash map's order). Here byte
+    pair merges propose the pieces, and the most frequent ones at the start and inside of words are kept.
+    """
+    documents = list(documents)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=spec.lowercase), pre_tokenizers.BertPreTokenizer()
+    proposer = Tokenizer(models.BPE(unk_token="<unk>"))
+    proposer.normalizer, proposer.pre_tokenizer = normalizer, splitter
+    proposer.train_from_iterator(documents, _trainer(spec.vocab, []))
+    words = Counter(word for document in documents for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(document)))
+    pieces: Counter[str] = Counter()
+    for (word, count), encoding in zip(words.items(), proposer.encode_batch(list(words)), strict=True):
+        for i, piece in enumerate(encoding.tokens):
+            pieces["##" * (i > 0) + piece] += count
+        # Single characters keep every word spellable; they come before all others.
+        pieces.update({"##" * (i > 0) + character: 1 << 40 for i, character in enumerate(word)})
+    kept = sorted(pieces, key=lambda piece: (-pieces[piece], piece))[: max(spec.vocab - len(SPECIALS), 0)]
+    kept = [piece for piece in kept if piece not in SPECIALS]
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIALS, *kept])}
+    made = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="<unk>"))
+    made.normalizer, made.pre_tokenizer, made.decoder = normalizer, splitter, decoders.WordPiece()
+    made.add_special_tokens([tokenizers.AddedToken(name, special=True) for name in SPECIALS])
     return made
 
 

@@ -17,7 +17,9 @@ class TokenSpec:
         kind: marks this embedding among the others in a job file.
         vocab: number of token ids (None: the tokenizer's; filled in when the job runs).
         position: learned or sinusoidal absolute positions, or none (rotary, ALiBi and relative act inside attention).
-        max_length: number of learned positions.
+        max_length: number of learned positions. offset: rows of their table before position 0 (RoBERTa, OPT and BART have
+            two); padding uses the last of them.
+        size: of the vectors before they are projected to the stack's width (None: no projection). ELECTRA's factorization.
         types: number of token types (BERT's segments); 0 has none.
         scale: multiplies the token vectors (Gemma, T5-style models and the first Transformer use sqrt(width)).
         std: standard deviation of the initial vectors (None: the stack's `init_std`).
@@ -29,6 +31,8 @@ class TokenSpec:
     vocab: int | None = None
     position: Literal["none", "learned", "sinusoidal"] = "none"
     max_length: int = 512
+    offset: int = 0
+    size: int | None = None
     types: int = 0
     scale: float = 1.0
     std: float | None = None
@@ -47,6 +51,8 @@ class TokenSpec:
             raise BadInput(f"norm_eps and std must be >= 0; they are {self.norm_eps} and {self.std}")
         if self.max_length < 1:
             raise BadInput(f"max_length must be at least 1; it is {self.max_length}")
+        if self.offset < 0 or (self.size is not None and self.size < 1):
+            raise BadInput(f"offset must be at least 0 and size at least 1; they are {self.offset} and {self.size}")
 
 
 @dataclass(frozen=True)

@@ -14,32 +14,34 @@ from layerwise.nn.positions import sinusoids
 
 
 class TokenEmbedding(nn.Module):
-    """scale * E[ids] + P[positions] + T[types], normalized and dropped out as the spec says: (b, s) -> (b, s, width)."""
+    """scale * E[ids] + P[positions] + T[types], normalized, dropped out and projected as the spec says: (b, s) -> (b, s, width)."""
 
     def __init__(self, spec: TokenSpec, width: int) -> None:
         super().__init__()
         assert spec.vocab is not None, "the vocabulary size is filled in before a model is built"
         self.spec, self.width = spec, width
-        self.tokens = nn.Embedding(spec.vocab, width)
-        self.positions = nn.Embedding(spec.max_length, width) if spec.position == "learned" else None
-        self.types = nn.Embedding(spec.types, width) if spec.types else None
-        self.norm = make_norm(spec.norm, width, spec.norm_eps) if spec.norm else None
+        size = spec.size or width
+        self.tokens = nn.Embedding(spec.vocab, size)
+        self.positions = nn.Embedding(spec.max_length + spec.offset, size) if spec.position == "learned" else None
+        self.types = nn.Embedding(spec.types, size) if spec.types else None
+        self.norm = make_norm(spec.norm, size, spec.norm_eps) if spec.norm else None
         self.dropout = nn.Dropout(spec.dropout)
+        self.project = nn.Linear(size, width) if spec.size is not None else None
 
     def forward(self, batch: Mapping[str, Any], positions: Tensor) -> Tensor:
-        """Embed `batch["input_ids"]` at `positions` (1 or b, s); padding's position -1 counts as 0."""
+        """Embed `batch["input_ids"]` at `positions` (1 or b, s); padding's position -1 counts as 0 where there is no offset."""
         x = self.tokens(batch["input_ids"])
         if self.spec.scale != 1.0:
             x = x * self.spec.scale
-        positions = positions.clamp(min=0)
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions((positions + self.spec.offset).clamp(min=0))
         elif self.spec.position == "sinusoidal":
-            x = x + sinusoids(positions, self.width).to(x.dtype)
+            x = x + sinusoids(positions.clamp(min=0), x.shape[-1]).to(x.dtype)
         if self.types is not None:
             kinds = batch.get("token_type_ids")
             x = x + (self.types.weight[0] if kinds is None else self.types(kinds))
-        return self.dropout(x if self.norm is None else self.norm(x))
+        x = self.dropout(x if self.norm is None else self.norm(x))
+        return x if self.project is None else self.project(x)
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
         for table in (self.tokens, self.positions, self.types):
@@ -47,3 +49,6 @@ class TokenEmbedding(nn.Module):
                 nn.init.normal_(table.weight, std=self.spec.std or std, generator=generator)
         if self.norm is not None:
             fill_norm(self.norm, 1.0)
+        if self.project is not None:
+            nn.init.normal_(self.project.weight, std=std, generator=generator)
+            nn.init.zeros_(self.project.bias)

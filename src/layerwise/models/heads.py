@@ -37,13 +37,16 @@ class LMHead(nn.Module):
     def __init__(self, spec: HeadSpec, width: int, vocab: int) -> None:
         super().__init__()
         self.spec = spec
-        self.dense = nn.Linear(width, width) if spec.transform else None
-        self.norm = make_norm(spec.norm, width, spec.norm_eps) if spec.transform else None
-        self.weight = None if spec.tie else nn.Parameter(torch.empty(vocab, width))
+        size = spec.size or width
+        self.dense = nn.Linear(width, size) if spec.transform else None
+        self.norm = make_norm(spec.norm, size, spec.norm_eps) if spec.transform else None
+        self.weight = None if spec.tie else nn.Parameter(torch.empty(vocab, size))
         self.bias = nn.Parameter(torch.empty(vocab)) if spec.bias else None
 
     def features(self, hidden: Tensor) -> Tensor:
         """What the vocabulary matrix multiplies."""
+        if self.spec.scale != 1.0:
+            hidden = hidden * self.spec.scale
         if self.dense is None or self.norm is None or self.spec.transform is None:
             return hidden
         return self.norm(activation(self.spec.transform)(self.dense(hidden)))

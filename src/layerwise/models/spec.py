@@ -23,6 +23,8 @@ class HeadSpec:
         tie: the lm head multiplies by the token embedding itself.
         bias: a bias on the scores.
         transform: BERT's dense + activation + norm before the scores (None: none).
+        size: of the vectors that the scores are made from (None: the stack's width); a transform makes them.
+        scale: multiplies the hidden vectors before the scores (T5 with a tied head uses width^-1/2).
         classes: number of classes (None: the data's; filled in when the job runs).
         pool: how a classifier reduces positions: their mean, the first or the last real one; spatial maps use the mean.
         dropout: before the classifier.
@@ -34,6 +36,8 @@ class HeadSpec:
     transform: Activation | None = None
     norm: Norm = "layernorm"
     norm_eps: float = 1e-12
+    size: int | None = None
+    scale: float = 1.0
     classes: int | None = None
     pool: Literal["mean", "first", "last"] = "mean"
     dropout: float = 0.0
@@ -45,6 +49,8 @@ class HeadSpec:
             raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
         if self.norm_eps < 0:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
+        if self.size is not None and (self.size < 1 or self.transform is None):
+            raise BadInput(f"size ({self.size}) must be at least 1 and needs a transform, which makes vectors of that size")
 
 
 def _embedding_kind(value: Any) -> str:
@@ -86,6 +92,13 @@ class ModelSpec:
             raise BadInput("every decoder layer needs cross: true and causal: true")
         if self.decoder is None and isinstance(self.stack, StackSpec) and any(s.cross for s in self.stack.layers):
             raise BadInput("cross: true needs something to look at: put these layers in `decoder` and an encoder in `stack`")
+        tokens, head = self.target or self.embedding, self.head
+        if head is not None and head.tie and isinstance(tokens, TokenSpec):
+            width = self.decoder.width if self.decoder is not None else self.stack.width
+            if (head.size or width) != (tokens.size or width):
+                raise BadInput(
+                    f"a tied head needs head.size {tokens.size}, the size of the embedding's vectors; it is {head.size or width}"
+                )
 
     @property
     def causal(self) -> bool:

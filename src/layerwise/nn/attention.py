@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d) + bias) V, with as many key/value heads as `spec.kv_heads`.
+    """softmax(Q K^T / sqrt(d) + bias) V, with as many key/value heads as `spec.kv_heads`; `spec.attention_scale` replaces 1/sqrt(d).
 
     Args:
         spec: a resolved layer spec.
@@ -34,6 +34,7 @@ class Attention(nn.Module):
         width, size, kv = spec.width, spec.head_dim, spec.kv_heads
         assert width and size and kv
         self.spec, self.cross, self.size = spec, cross, size
+        self.scale = size**-0.5 if spec.attention_scale is None else spec.attention_scale
         role = "cross." if cross else ""
         self.q = make_linear(role + "q", width, spec.heads * size, spec.qkv_bias, spec)
         self.k = make_linear(role + "k", width, kv * size, spec.qkv_bias, spec)
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         else:
             k, v = self._heads(self.k(x), self.k_norm), self._heads(self.v(x))
             if self.spec.position == "rotary":
-                cos, sin = ctx.rotary(self.size, self.spec.rope_theta, q.dtype)
+                cos, sin = ctx.rotary(self.spec.rotary_dim or self.size, self.spec.rope_theta, q.dtype, self.spec.rope_scaling)
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             keys = None
             if ctx.cache is not None:
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         else:
             dropout = self.spec.attention_dropout if self.training else 0.0
             grouped = k.shape[1] != q.shape[1]
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, dropout_p=dropout, enable_gqa=grouped)
+            out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.spec.attention_scale, enable_gqa=grouped)
         return self.o(out.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Float[Tensor, "b s hd"], norm: nn.Module | None = None) -> Float[Tensor, "b h s d"]:
@@ -84,7 +85,7 @@ class Attention(nn.Module):
         """The same attention with its probabilities (b, h, s, keys) left in the recorder."""
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        scores = q @ k.transpose(-1, -2) * self.size**-0.5
+        scores = q @ k.transpose(-1, -2) * self.scale
         if causal:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
             scores = scores.masked_fill(future, float("-inf"))

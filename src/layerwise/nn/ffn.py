@@ -15,7 +15,7 @@ from layerwise.stack.spec import LayerSpec
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The pointwise function of an activation's name; for gated ones, what the gate goes through."""
     functions: dict[str, Callable[..., Tensor]] = {"gelu": F.gelu, "geglu": F.gelu, "relu": F.relu, "silu": F.silu, "swiglu": F.silu}
-    return (lambda x: F.gelu(x, approximate="tanh")) if name == "gelu_tanh" else functions[name]
+    return (lambda x: F.gelu(x, approximate="tanh")) if name in ("gelu_tanh", "geglu_tanh") else functions[name]
 
 
 class FeedForward(nn.Module):

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ZeroRMSNorm(nn.Module):
+    """RMSNorm whose gain is 1 + weight, so that weight decay pulls the gain to 1 and not to 0. Source: Gemma's published code.
+
+    Half-precision inputs are normalized and scaled in float32, as there.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(dtype), self.weight.shape, 1.0 + self.weight.to(dtype), self.eps).to(x.dtype)
 
 
 def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
     """A norm over the last axis: (..., width) -> (..., width)."""
     if kind == "layernorm":
         return nn.LayerNorm(width, eps=eps, bias=bias)
+    if kind == "rmsnorm_zero":
+        return ZeroRMSNorm(width, eps)
     return nn.RMSNorm(width, eps=eps)
 
 
 def fill_norm(norm: Any, gain: float) -> None:
     """Set a norm to its initial state: every gain `gain`, every shift 0."""
-    nn.init.constant_(norm.weight, gain)
+    nn.init.constant_(norm.weight, gain - 1.0 if isinstance(norm, ZeroRMSNorm) else gain)
     if getattr(norm, "bias", None) is not None:
         nn.init.zeros_(norm.bias)

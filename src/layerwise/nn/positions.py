@@ -3,26 +3,48 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from layerwise.stack.spec import RopeScaling
 
-def rotary_angles(positions: Int[Tensor, "*b s"], head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+
+def rotary_angles(positions: Int[Tensor, "*b s"], head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary angles, each (*b, s, head_dim), float32.
 
     Frequencies theta^(-2i/d); the two halves of a head are rotated against each other, as in Llama checkpoints.
     Source: Su et al. 2021, "RoFormer", section 3.4.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta**-exponents
+    # The reciprocal of the power, as transformers computes it: the other way round differs in the last float32 digit.
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = _stretched(frequencies, scaling)
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
+def _stretched(frequencies: Float[Tensor, " d"], scaling: RopeScaling) -> Float[Tensor, " d"]:
+    """Rotary frequencies for longer texts, see `RopeScaling`."""
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original / (2 * math.pi / frequencies)
+    blend = (turns - scaling.low) / (scaling.high - scaling.low)
+    between = (1 - blend) * frequencies / scaling.factor + blend * frequencies
+    slow = torch.where(turns < scaling.low, frequencies / scaling.factor, between)
+    return torch.where(turns > scaling.high, frequencies, slow)
+
+
 def rotate(x: Float[Tensor, "b h s d"], cos: Tensor, sin: Tensor) -> Float[Tensor, "b h s d"]:
-    """`x` turned by the rotary angles; cos and sin broadcast over heads."""
+    """`x` turned by the rotary angles; cos and sin broadcast over heads. Dimensions beyond theirs stay as they are."""
+    turned = cos.shape[-1]
+    if turned < x.shape[-1]:
+        return torch.cat([rotate(x[..., :turned], cos, sin), x[..., turned:]], dim=-1)
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-high, low], dim=-1) * sin
 

@@ -44,8 +44,12 @@ class Residual(nn.Module):
         if self.placement in ("post", "deepnorm"):
             stream = x if self.alpha == 1.0 else self.alpha * x
             return self.norm(stream + self.dropout(self.branch(x, *args)))
+        return x + self.change(x, *args)
+
+    def change(self, x: Float[Tensor, "*b width"], *args: Any) -> Float[Tensor, "*b width"]:
+        """What a branch with its norm in front adds to the stream."""
         out = self.branch(self.norm(x), *args)
-        return x + self.dropout(out if self.norm_out is None else self.norm_out(out))
+        return self.dropout(out if self.norm_out is None else self.norm_out(out))
 
     def initialize(self, std: float, write_std: float, depth: int, generator: torch.Generator) -> None:
         """Norms to their gain; linears normal, or Xavier with DeepNorm's gain (8 depth)^(-1/4) on value, output and feed-forward."""

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.nn.positions import RelativeBias, alibi_slopes, rotary_angles
-from layerwise.stack.spec import LayerSpec
+from layerwise.stack.spec import LayerSpec, RopeScaling
 
 if TYPE_CHECKING:
     from layerwise.nn.cache import Cache
@@ -93,15 +93,15 @@ class Context:
             self._made[key] = make()
         return self._made[key]
 
-    def rotary(self, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotary(self, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
         """Cosine and sine for this pass's positions, (1 or b, 1, s, head_dim)."""
 
         def make() -> tuple[Tensor, Tensor]:
             assert self.positions is not None
-            cos, sin = rotary_angles(self.positions.clamp(min=0), head_dim, theta)
+            cos, sin = rotary_angles(self.positions.clamp(min=0), head_dim, theta, scaling)
             return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
-        return self._once(("rotary", head_dim, theta, dtype), make)
+        return self._once(("rotary", head_dim, theta, dtype, scaling), make)
 
     def memory_bias(self) -> Bool[Tensor, "b 1 1 m"] | None:
         """Which memory positions cross-attention may look at; None when all."""

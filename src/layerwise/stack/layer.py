@@ -37,6 +37,8 @@ class Layer(nn.Module):
         self.ffn = Residual(FeedForward(spec), spec)
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
+        if self.spec.parallel:
+            return x + self.mixer.change(x, ctx, slot) + self.ffn.change(x)
         x = self.mixer(x, ctx, slot)
         if self.cross is not None:
             x = self.cross(x, ctx, slot)
