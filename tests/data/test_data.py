@@ -61,13 +61,12 @@ def test_masking_hides_what_it_should():
 
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])
 @settings(deadline=None)
-@given(text=st.text())
+@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(["<eos>", "a<pad><mask>b", "<unk>"]))
 def test_byte_level_tokenizers_lose_nothing(kind, text):
     tokenizer = _tokenizer(kind)
-    assert (
-        tokenizer.decode(tokenizer.encode(text).ids) == text.encode("utf-8", "replace").decode()
-        or "\ud800" <= max(text, default="") <= "\udfff"
-    )
+    (ids,) = encoded(tokenizer, [text])
+    assert ids.min(initial=9) >= 6, "a text never holds a special token, whatever it spells"
+    assert tokenizer.decode(ids.tolist()) == text
 
 
 _MADE = {}

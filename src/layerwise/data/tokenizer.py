@@ -94,9 +94,14 @@ def encoded(tokenizer: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
         for document in documents:
             yield np.frombuffer(document.encode("utf-8"), dtype=np.uint8).astype(np.uint32) + len(SPECIALS)
         return
-    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
-        for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
-            yield np.array(encoding.ids, dtype=np.uint32)
+    # A document that spells out `<eos>` means these characters, not the end of itself.
+    tokenizer.encode_special_tokens = True
+    try:
+        for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+            for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
+                yield np.array(encoding.ids, dtype=np.uint32)
+    finally:
+        tokenizer.encode_special_tokens = False
 
 
 def _alphabet() -> list[str]:
