@@ -20,7 +20,7 @@ demo: $(STAMP)
 	@$(BIN)/layerwise run demo --scale small --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache

@@ -1,43 +1,73 @@
-"""What a Hugging Face family is to layerwise: a translation of its config and one table of names, both used in both directions."""
+"""What a Hugging Face family is to layerwise: its config read and written, and one table of names used in both directions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
+from layerwise.models.hf.layouts import JOINED, Layout
+from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
+from layerwise.stack.spec import StackSpec
+
+TOKENS = "embedding.tokens.weight"
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+"""Their names of activations that are not gated -> ours."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Some tensors of ours and the one tensor of theirs that holds the same numbers.
+class Rule:
+    """Which module (or single parameter) of theirs holds the numbers of which of ours.
 
     Attributes:
-        ours: our names; several are joined along the first axis (fused query, key, value).
-        theirs: their name.
-        transpose: theirs is stored the other way round (GPT-2's Conv1D).
+        ours: dotted names in our model; several make up one of theirs (fused query, key, value). `*` is the layer's number.
+        theirs: dotted name in their checkpoint.
+        layout: how ours make up theirs.
+        also: further names under which the same numbers may stand.
     """
 
     ours: tuple[str, ...]
     theirs: str
-    transpose: bool = False
+    layout: Layout = JOINED
+    also: tuple[str, ...] = ()
 
-    def pack(self, tensors: list[Tensor]) -> Tensor:
+
+def names(table: Mapping[str, str], ours: str = "", theirs: str = "", layout: Layout = JOINED) -> tuple[Rule, ...]:
+    """One rule for each entry, `ours` and `theirs` being what all names begin with."""
+    return tuple(Rule((ours + a,), theirs + b, layout) for a, b in table.items())
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A rule applied to one parameter: tensors of ours and the tensor of theirs that holds the same numbers."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    layout: Layout
+    also: tuple[str, ...]
+    heads: int
+
+    def pack(self, state: Mapping[str, Tensor]) -> Tensor:
         """Ours to theirs."""
-        whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return (whole.T if self.transpose else whole).contiguous()
+        return self.layout.pack([state[name] for name in self.ours], self.heads)
 
-    def unpack(self, tensor: Tensor, sizes: list[int]) -> list[Tensor]:
-        """Theirs to ours; `sizes` are the lengths of our tensors' first axes."""
-        whole = tensor.T if self.transpose else tensor
-        if sum(sizes) != whole.shape[0]:
-            raise BadInput(f"{self.theirs} has shape {tuple(tensor.shape)}; {' + '.join(map(str, sizes))} rows were expected")
-        return [part.contiguous() for part in whole.split(sizes)]
+    def unpack(self, tensor: Tensor, shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Theirs to ours; `shapes` holds tensors (without values) of the shapes that ours have.
+
+        Raises:
+            BadInput: theirs has another shape.
+        """
+        expected = tuple(self.pack(shapes).shape)
+        if tuple(tensor.shape) != expected:
+            raise BadInput(f"{self.theirs} has shape {tuple(tensor.shape)}; the config makes it {expected}")
+        parts = self.layout.unpack(tensor, [shapes[name].shape[0] for name in self.ours], self.heads)
+        return dict(zip(self.ours, parts, strict=True))
 
 
 @dataclass(frozen=True)
@@ -45,25 +75,78 @@ class Family:
     """One family of Hugging Face models.
 
     Attributes:
-        name: the family. model_types: values of `model_type` it reads; the first is what it writes.
-        read: their config -> our description. write: our description -> their config.
-        pairs: the table of names for a description.
-        obstacle: why a description cannot be held by this family (None: it can).
-        ignored: their tensor names (by ending) that hold nothing of their own.
+        name: its `model_type`.
+        read: (their config, whether there is a vocabulary head) -> our description.
+        write: our description -> their config. It names every key that `read` looks at, so that nothing old remains in force.
+        rules: the table of names.
+        lm: architectures with a vocabulary head; the first is written. base: those without.
+        prefix: what the names of everything but the head begin with, and what a checkpoint of the first of `base` leaves out.
+        seq2seq: an encoder and a decoder.
+        renamed: endings of names in old checkpoints -> their present form.
+        ignored: endings of names that hold nothing of their own.
+        carried: beginnings of names of tensors that our model has no use for; they are kept and written out again.
+        shared: our second name of a tensor -> its first.
     """
 
     name: str
-    model_types: tuple[str, ...]
-    read: Callable[[dict[str, Any]], ModelSpec]
+    read: Callable[[dict[str, Any], bool], ModelSpec]
     write: Callable[[ModelSpec], dict[str, Any]]
-    pairs: Callable[[ModelSpec], list[Pair]]
-    obstacle: Callable[[ModelSpec], str | None]
-    ignored: tuple[str, ...] = field(default=())
+    rules: tuple[Rule, ...]
+    lm: tuple[str, ...]
+    base: tuple[str, ...]
+    prefix: str = ""
+    seq2seq: bool = False
+    renamed: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    carried: tuple[str, ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+
+    def pairs(self, spec: ModelSpec, shapes: Mapping[str, Tensor] | None = None) -> list[Pair]:
+        """The table of names for a description, in the order of the rules.
+
+        Args:
+            shapes: `shapes_of(spec)`, if it is at hand.
+        """
+        shapes = shapes_of(spec) if shapes is None else shapes
+        found: list[Pair] = []
+        for rule in self.rules:
+            side = spec.decoder if rule.ours[0].startswith("decoder.") else spec.stack
+            assert side is None or isinstance(side, StackSpec)
+            for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
+                found += _applied(rule, i, side.layers[0].heads if side is not None else 1, shapes)
+        if spec.head is not None and spec.head.kind == "lm" and spec.head.tie:
+            found = [_with_second_names(pair, self.rules) if TOKENS in pair.ours else pair for pair in found]
+        named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
+        if nameless := sorted(shapes.keys() - named):
+            raise BadInput(f"{self.name} checkpoints have no name for {nameless[0]}")
+        return found
 
 
-def same(*ours_theirs: tuple[str, str]) -> list[Pair]:
-    """Pairs of tensors that are stored alike."""
-    return [Pair((ours,), theirs) for ours, theirs in ours_theirs]
+def shapes_of(spec: ModelSpec) -> dict[str, Tensor]:
+    """The tensors of a model of this description, without values."""
+    with torch.device("meta"):
+        return Model(spec).state_dict()
+
+
+def _applied(rule: Rule, i: int, heads: int, shapes: Mapping[str, Tensor]) -> list[Pair]:
+    """A rule's pairs: one for each parameter that the module has, or the one that it names."""
+    ours = [name.replace("*", str(i)) for name in rule.ours]
+    found = []
+    for leaf in ("", ".weight", ".bias"):
+        if all(name + leaf in shapes for name in ours):
+            theirs, *also = ((name.replace("*", str(i)) + leaf) for name in (rule.theirs, *rule.also))
+            found.append(Pair(tuple(name + leaf for name in ours), theirs, rule.layout, tuple(also), heads))
+    return found
+
+
+def _with_second_names(pair: Pair, rules: tuple[Rule, ...]) -> Pair:
+    """The pair of the token embedding, which may also stand under the name of the head's matrix that is tied to it."""
+    more = []
+    for rule in rules:
+        if rule.ours in (("head",), ("head.weight",)):
+            leaf = "" if rule.ours[0].endswith(".weight") else ".weight"
+            more += [name + leaf for name in (rule.theirs, *rule.also)]
+    return Pair(pair.ours, pair.theirs, pair.layout, (*pair.also, *more), pair.heads)
 
 
 def only(config: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> Any:
@@ -76,3 +159,25 @@ def only(config: dict[str, Any], key: str, allowed: tuple[Any, ...], default: An
     if value not in allowed:
         raise BadInput(f"config.json: {key} is {value!r}; layerwise can do {', '.join(map(repr, allowed))}")
     return value
+
+
+def read_activation(config: dict[str, Any], key: str, default: str) -> Any:
+    """Our name of an activation that is not gated."""
+    return ACTIVATIONS[only(config, key, tuple(ACTIVATIONS), default)]
+
+
+def write_activation(name: str | None) -> str:
+    """Their name of one of ours; a gated one goes out under its own, which no family reads back."""
+    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == name), str(name))
+
+
+def tokens_of(spec: ModelSpec) -> TokenSpec:
+    """The description's embedding, which is known to be of tokens."""
+    assert isinstance(spec.embedding, TokenSpec)
+    return spec.embedding
+
+
+def stack_of(spec: ModelSpec) -> StackSpec:
+    """The description's stack, which is known to be of transformer layers."""
+    assert isinstance(spec.stack, StackSpec)
+    return spec.stack

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from layerwise.errors import BadInput
 from layerwise.models.hf.family import Family
+from layerwise.models.hf.fit import differences, unreadable
 from layerwise.models.spec import ModelSpec
 from layerwise.table import lookup
 
 FAMILIES = {
     "llama": "layerwise.models.hf.llama:FAMILY",
-    "mistral": "layerwise.models.hf.llama:FAMILY",
-    "qwen2": "layerwise.models.hf.llama:FAMILY",
-    "qwen3": "layerwise.models.hf.llama:FAMILY",
+    "mistral": "layerwise.models.hf.mistral:FAMILY",
+    "ministral": "layerwise.models.hf.ministral:FAMILY",
+    "qwen2": "layerwise.models.hf.qwen2:FAMILY",
+    "qwen3": "layerwise.models.hf.qwen3:FAMILY",
 }
+"""In the order in which they are tried when a model is written: where two could hold it, the first does."""
 
 
-def family_for(spec: ModelSpec) -> Family:
+def family_for(spec: ModelSpec, preferred: str | None = None) -> Family:
     """The family that can hold a model of this description.
 
+    Args:
+        preferred: the `model_type` to take if it can hold the model.
+
     Raises:
-        BadInput: none can; the message says what stands in the way of each.
+        BadInput: none can; the message says what stands in the way of the nearest one.
     """
-    obstacles = []
-    for place in dict.fromkeys(FAMILIES.values()):
-        family: Family = lookup({"family": place}, "family", "family")
-        obstacle = family.obstacle(spec)
-        if obstacle is None:
+    reason = unreadable(spec)
+    nearest: list[str] = []
+    for name in () if reason else sorted(FAMILIES, key=lambda n: n != preferred):
+        family: Family = lookup(FAMILIES, name, "family")
+        found = differences(family, spec)
+        if not found:
             return family
-        obstacles.append(f"{family.name}: {obstacle}")
+        if not nearest or len(found) < len(nearest):
+            nearest = found
     raise BadInput(
-        f"no Hugging Face family can hold this model ({'; '.join(obstacles)}). Save it in layerwise's own format (export: layerwise)"
+        f"no Hugging Face family can hold this model: {reason or nearest[0]}. Save it in layerwise's own format (export: layerwise). "
+        f"Families: {', '.join(FAMILIES)}"
     )
