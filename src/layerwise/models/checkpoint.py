@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,39 @@ from layerwise.models.spec import ModelSpec, model_spec, spec_data
 
 FORMAT = 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DESCRIPTION, TENSORS, CARRIED = "model.json", "model.safetensors", "carried.safetensors"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the checkpoint of another library held beyond what a model needs, so that it can be written out again.
+
+    Attributes:
+        config: its config, whole. generation: its generation settings.
+        carried: tensors that our model has no use for (BERT's pooler), by their names there.
+    """
+
+    config: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
+    carried: dict[str, Tensor] = field(default_factory=dict)
+
+
+def origin_of(model: Model) -> Origin | None:
+    """Where a model came from. Edits that keep the model's other parts keep it; those that rebuild the model lose it."""
+    return model.__dict__.get("origin")
+
+
+def with_origin(model: Model, origin: Origin | None) -> Model:
+    """The model itself, remembering its origin."""
+    model.__dict__["origin"] = origin
+    return model
 
 
 def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:
     """Write `model` to `folder`: the folder holds the whole checkpoint or, after a crash, what it held before.
 
-    Tensors that are one (a layer that stands twice in the stack) are written once.
+    Tensors that are one (a layer that stands twice in the stack) are written once. What a model from elsewhere brought along
+    (`Origin`) is kept.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`, kept as tokenizer.json.
@@ -33,12 +61,18 @@ def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:
         BadInput: the folder holds something else than a layerwise checkpoint.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "model.json").is_file() or not any(folder.iterdir()))):
+    if folder.exists() and not (folder.is_dir() and ((folder / DESCRIPTION).is_file() or not any(folder.iterdir()))):
         raise BadInput(f"{folder} holds something that is not a layerwise checkpoint: choose another folder")
     tensors, shared = _distinct(model.state_dict())
+    data: dict[str, Any] = {"format": FORMAT, "spec": spec_data(model.spec), "shared": shared}
+    origin = origin_of(model)
+    if origin is not None:
+        data["origin"] = {"config": origin.config, "generation": origin.generation}
     with whole_folder(folder) as temporary:
-        write_json(temporary / "model.json", {"format": FORMAT, "spec": spec_data(model.spec), "shared": shared})
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        write_json(temporary / DESCRIPTION, data)
+        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        if origin is not None and origin.carried:
+            save_file({n: t.detach().cpu().contiguous() for n, t in origin.carried.items()}, temporary / CARRIED, metadata={"format": "pt"})
         if tokenizer is not None:
             write_file(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
     return folder
@@ -55,16 +89,29 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     """
     folder = Path(folder)
     refuse_pickle(folder)
-    if not (folder / "model.json").is_file():
+    if not (folder / DESCRIPTION).is_file():
         raise BadInput(f"{folder} holds no layerwise checkpoint (no model.json) and no Hugging Face one (no config.json)")
     check_folder(folder)
-    spec, shared = description(folder / "model.json")
+    spec, shared = description(folder / DESCRIPTION)
+    model = assemble(spec, read_file(folder / TENSORS, str(device)), shared, dtype, folder)
+    kept = json.loads((folder / DESCRIPTION).read_text()).get("origin")
+    if kept is None:
+        return model
+    carried = read_file(folder / CARRIED, "cpu") if (folder / CARRIED).is_file() else {}
+    return with_origin(model, Origin(kept["config"], kept["generation"], carried))
+
+
+def read_file(path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
     try:
-        with safe_open(folder / "model.safetensors", framework="pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{folder / 'model.safetensors'} cannot be read: {error}") from error
-    return assemble(spec, tensors, shared, dtype, folder)
+        raise BadInput(f"{path} cannot be read: {error}") from error
 
 
 def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype | None, source: Path) -> Model:
@@ -86,9 +133,10 @@ def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str]
     if dtype is not None:
         tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     model.load_state_dict(tensors, assign=True)
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, first in shared.items():
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
+        setattr(model.get_submodule(owner), leaf, held[first])
     return model.eval()
 
 
@@ -125,14 +173,15 @@ def description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
 
 
 def refuse_pickle(folder: Path) -> None:
-    if not folder.is_dir():
-        raise BadInput(f"there is no folder {folder}")
-    pickles = [p.name for p in folder.iterdir() if p.suffix in PICKLES]
+    """Raise BadInput for a folder (or file) whose weights are in pickle files only; none is ever opened."""
+    pickles = [p.name for p in (folder.iterdir() if folder.is_dir() else [folder]) if p.suffix in PICKLES]
     if pickles and not any(folder.glob("*.safetensors")):
         raise BadInput(
             f"{folder} holds only pickle files ({pickles[0]}), which can run code when they are read. Convert them once where you trust them: "
             "transformers' AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}")
 
 
 def some(names: list[str]) -> str:

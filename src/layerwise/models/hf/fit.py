@@ -77,8 +77,7 @@ def _stack_differences(family: str, where: str, ours: StackSpec, theirs: StackSp
     """Each field that differs, once, at the first layer where it does."""
     told: set[str] = set()
     for i, (a, b) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
-        for text in _named(family, f"{where}layer {i}", _layer(a), _layer(b), f"{family} layers have", told):
-            yield text
+        yield from _named(family, f"{where}layer {i}", _layer(a), _layer(b), f"{family} layers have", told)
     yield from _named(family, f"its {where or 'stack'}".strip(), _around(ours), _around(theirs))
 
 

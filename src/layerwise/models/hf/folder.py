@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
-from layerwise.models.checkpoint import assemble, refuse_pickle, some
-from layerwise.models.hf.family import Family
+from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
+from layerwise.models.hf.config import merged_config, special_tokens
+from layerwise.models.hf.family import TOKENS, Family, Pair, shapes_of, stack_of
+from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.table import lookup, nearest
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
 def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
     """The model of a Hugging Face checkpoint folder; its remote code, if it names any, is never run.
 
+    Args:
+        dtype: of the floating-point weights (None: as stored).
+
     Raises:
         BadInput: a family we do not have (the message says which ones we do), pickle files only, damaged files, tensors that
             are missing or left over (named).
     """
     folder = Path(folder)
-    family, spec = read_config(folder)
-    theirs = _tensors(folder, str(device))
-    with torch.device("meta"):
-        sizes = {name: t.shape[0] if t.dim() else 1 for name, t in Model(spec).state_dict().items()}
+    config = _config(folder)
+    family, spec = _described(folder, config)
+    theirs = _renamed(family, read_tensors(folder, str(device)), spec)
+    shapes = shapes_of(spec)
+    pairs = family.pairs(spec, shapes)
+    if _has_a_head_of_its_own(pairs, theirs, spec):
+        # As transformers does: two different matrices are not tied, whatever the config says.
+        assert spec.head is not None
+        spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, tie=False))
+        shapes = shapes_of(spec)
+        pairs = family.pairs(spec, shapes)
     ours: dict[str, Tensor] = {}
-    missing = []
-    for pair in family.pairs(spec):
-        tensor = theirs.pop(pair.theirs, None)
-        if tensor is None:
+    missing: list[str] = []
+    for pair in pairs:
+        there = [theirs.pop(name) for name in (pair.theirs, *pair.also) if name in theirs]
+        if not there:
             missing.append(pair.theirs)
-        else:
-            ours |= dict(zip(pair.ours, pair.unpack(tensor, [sizes[n] for n in pair.ours]), strict=True))
-    tied = {"lm_head.weight"} if spec.head is not None and spec.head.tie else set()
-    extra = [n for n in theirs if not n.endswith(family.ignored or ("\0",)) and n not in tied]
+            continue
+        if any(not torch.equal(there[0], other) for other in there[1:]):
+            raise BadInput(f"{folder}: {pair.theirs} and {', '.join(pair.also)} are one tensor in a {family.name}; here they differ")
+        ours |= pair.unpack(there[0], shapes)
+    carried = {n: t.to("cpu") for n, t in theirs.items() if n.startswith(family.carried or ("\0",))}
+    extra = [n for n in theirs if n not in carried and not n.endswith(family.ignored or ("\0",))]
     if missing or extra:
         raise BadInput(f"{folder} does not fit its config: missing {some(missing)}, unexpected {some(extra)}")
-    return assemble(spec, ours, {}, dtype, folder)
+    model = assemble(spec, ours, dict(family.shared), dtype, folder)
+    return with_origin(model, Origin(config, _generation(folder), carried))
 
 
 def read_config(folder: Path) -> tuple[Family, ModelSpec]:
@@ -57,19 +71,7 @@ def read_config(folder: Path) -> tuple[Family, ModelSpec]:
     Raises:
         BadInput: pickle files only, no usable config, or a family we do not have.
     """
-    refuse_pickle(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{folder / 'config.json'} is not a model's config: {error}") from error
-    if kind not in FAMILIES:
-        raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
-    family: Family = lookup(FAMILIES, kind, "family")
-    try:
-        return family, family.read(config)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"{folder / 'config.json'} lacks or garbles {error}") from error
+    return _described(folder, _config(folder))
 
 
 def export_hf(
@@ -83,9 +85,15 @@ def export_hf(
 ) -> Path:
     """Write a model as a Hugging Face checkpoint: config, safetensors (sharded when large), tokenizer.
 
+    A model that came from such a checkpoint goes back into the same family where it still fits, with everything in the old
+    config that the model itself does not decide.
+
     Args:
         tokenizer: a `tokenizers.Tokenizer`; `AutoTokenizer` loads what is written.
-        max_length: longest sequence, for `max_position_embeddings` (2048 when not given).
+        dtype: of the floating-point weights (None: as they are).
+        max_length: longest sequence the model is meant for (None: what its old config says, or 2048). Learned positions and
+            an old config that allows more are not shortened by it.
+        shard_bytes: size above which the weights are spread over several files.
 
     Raises:
         BadInput: no family can hold the model, or the folder holds something.
@@ -93,72 +101,142 @@ def export_hf(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
         raise BadInput(f"{folder} holds something that is not a checkpoint: choose another folder")
-    family = family_for(model.spec)
-    state = model.state_dict()
-    tensors = {p.theirs: p.pack([state[n].detach().cpu() for n in p.ours]) for p in family.pairs(model.spec)}
+    origin = origin_of(model)
+    family = family_for(model.spec, preferred=origin.config.get("model_type") if origin is not None else None)
+    if origin is not None and origin.config.get("model_type") != family.name:
+        origin = None
+    tensors = _theirs(family, model)
+    architecture = _architecture(family, model.spec, origin)
+    if origin is not None and _same_width(family, model.spec, origin):
+        tensors |= {n: t for n, t in origin.carried.items() if n not in tensors}
+    if architecture == family.base[0]:
+        tensors = {n.removeprefix(family.prefix): t for n, t in tensors.items()}
     if dtype is not None:
-        tensors = {n: t.to(dtype) for n, t in tensors.items()}
-    kind = next(iter(tensors.values())).dtype
-    config = {**family.write(model.spec), "max_position_embeddings": max_length or 2048, "dtype": str(kind).removeprefix("torch.")}
-    special = {} if tokenizer is None else _special(tokenizer)
-    config |= {f"{role}_token_id": tokenizer.token_to_id(name) for role, name in special.items() if role in ("pad", "eos", "bos")}
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    config = merged_config(family, model.spec, origin, architecture, max_length)
+    config["dtype"] = str(next(t.dtype for t in tensors.values() if t.is_floating_point())).removeprefix("torch.")
+    special = special_tokens(tokenizer, config) if tokenizer is not None else {}
+    written = family.write(model.spec)
+    for role in ("pad", "eos", "bos"):
+        if role in special and config.get(f"{role}_token_id") is None and f"{role}_token_id" not in written:
+            config[f"{role}_token_id"] = tokenizer.token_to_id(special[role])
     with whole_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
-        _write_shards(temporary, tensors, shard_bytes)
-        if model.causal:
-            write_json(temporary / "generation_config.json", {k: v for k, v in config.items() if k.endswith("_token_id")})
+        write_tensors(temporary, tensors, shard_bytes)
+        if model.causal and model.spec.head is not None:
+            ids = {k: v for k, v in config.items() if k.endswith("_token_id") and v is not None}
+            write_json(temporary / "generation_config.json", ids | (origin.generation if origin is not None else {}))
         if tokenizer is not None:
-            from transformers import PreTrainedTokenizerFast
-
-            named: Any = {f"{role}_token": name for role, name in special.items()}
-            PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length or 2048, **named).save_pretrained(temporary)
+            _write_tokenizer(tokenizer, temporary, special, config.get("max_position_embeddings") or max_length or 2048)
     return folder
 
 
-def _special(tokenizer: Any) -> dict[str, str]:
-    """Special tokens by Hugging Face's role names."""
-    names = {"pad": "<pad>", "eos": "<eos>", "unk": "<unk>", "mask": "<mask>", "cls": "<cls>", "sep": "<sep>"}
-    return {role: name for role, name in names.items() if tokenizer.token_to_id(name) is not None}
+def _config(folder: Path) -> dict[str, Any]:
+    refuse_pickle(folder)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path} is not a model's config: {error}") from error
+    if kind not in FAMILIES:
+        raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
+    if config.get("quantization_config"):
+        raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
+    return config
 
 
-def _tensors(folder: Path, device: str) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files, following the index of a sharded one."""
-    index = folder / INDEX
-    names = ["model.safetensors"]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise BadInput(f"{index} is not an index of shards: {error}") from error
+def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]:
+    family: Family = lookup(FAMILIES, config["model_type"], "family")
+    path = folder / "config.json"
+    try:
+        return family, family.read(config, _has_head(family, folder, config))
+    except BadInput as error:
+        raise BadInput(f"{folder}: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, IndexError) as error:
+        raise BadInput(f"{path} lacks or garbles {error}") from error
+
+
+def _has_head(family: Family, folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a checkpoint has a vocabulary head: its config names the architecture, or else its tensors tell."""
+    named = (config.get("architectures") or [None])[0]
+    if named in family.lm or named in family.base:
+        return named in family.lm
+    if named is not None:
+        raise BadInput(f"config.json: {named} has a head that is not known here; layerwise reads {', '.join((*family.lm, *family.base))}")
+    heads = tuple(rule.theirs for rule in family.rules if rule.ours[0].split(".")[0] == "head")
+    try:
+        stored = read_names(folder)
+    except BadInput:
+        return True
+    return any(name.startswith(heads) or (family.prefix and name.startswith(family.prefix)) for name in stored)
+
+
+def _renamed(family: Family, tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that the family's table has: old endings renewed, the prefix put in front."""
+    known = {name for pair in family.pairs(spec) for name in (pair.theirs, *pair.also)}
     found: dict[str, Tensor] = {}
-    for name in names:
-        if Path(str(name)).name != name:
-            raise BadInput(f"{index} names a file outside its folder: {name}")
-        try:
-            with safe_open(folder / name, framework="pt", device=device) as file:
-                found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{folder / name} cannot be read: {error}") from error
+    for name, tensor in tensors.items():
+        for old, new in family.renamed:
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
+        longer = family.prefix + name
+        if name not in known and (longer in known or longer.startswith(family.carried or ("\0",))):
+            name = longer
+        found[name] = tensor
     return found
 
 
-def _write_shards(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        here = tensor.numel() * tensor.element_size()
-        if shards[-1] and size + here > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensor
-        size += here
-    if len(shards) == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+def _has_a_head_of_its_own(pairs: list[Pair], theirs: Mapping[str, Tensor], spec: ModelSpec) -> bool:
+    """Whether a head that the config ties to the embedding is another matrix in the file."""
+    if spec.head is None or not spec.head.tie:
+        return False
+    pair = next(p for p in pairs if TOKENS in p.ours)
+    own = [name for name in pair.also if "embed" not in name.rsplit(".", 2)[-2]]
+    first = theirs.get(pair.theirs)
+    return first is not None and any(n in theirs and not torch.equal(first, theirs[n]) for n in own)
+
+
+def _theirs(family: Family, model: Model) -> dict[str, Tensor]:
+    """The model's tensors under their names, none of them sharing memory with another."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    for second, first in family.shared:
+        if not torch.equal(state[second], state[first]):
+            raise BadInput(f"a {family.name} has one tensor as {first} and {second}; in this model they differ")
+    tensors: dict[str, Tensor] = {}
+    memory: set[int] = set()
+    for pair in family.pairs(model.spec, state):
+        packed = pair.pack(state).contiguous()
+        if packed.untyped_storage().data_ptr() in memory:
+            packed = packed.clone()
+        memory.add(packed.untyped_storage().data_ptr())
+        tensors[pair.theirs] = packed
+    return tensors
+
+
+def _architecture(family: Family, spec: ModelSpec, origin: Origin | None) -> str:
+    """The class name to write: the one the model came with, if it still has such a head."""
+    possible = family.lm if spec.head is not None else family.base
+    came = (origin.config.get("architectures") or [None])[0] if origin is not None else None
+    return came if came in possible else possible[0]
+
+
+def _same_width(family: Family, spec: ModelSpec, origin: Origin) -> bool:
+    """Whether tensors that a model carries along still have the model's width."""
+    return stack_of(family.read(origin.config, spec.head is not None)).width == stack_of(spec).width
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """The folder's generation settings; none if there are none or they cannot be read."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_tokenizer(tokenizer: Any, folder: Path, special: dict[str, str], max_length: int) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    named: Any = {f"{role}_token": name for role, name in special.items()}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_length, **named).save_pretrained(folder)

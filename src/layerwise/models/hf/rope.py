@@ -29,8 +29,8 @@ def read_rope(config: dict[str, Any], head_dim: int, *, share: float = 1.0) -> d
         scaling = RopeScaling("linear", float(found["factor"]))
     elif kind == "llama3":
         original = found.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        factors = [float(found[key]) for key in ("factor", "low_freq_factor", "high_freq_factor")]
-        scaling = RopeScaling("llama3", *factors, original=original)
+        factor, low, high = (float(found[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        scaling = RopeScaling("llama3", factor, low, high, original)
     turned = int(head_dim * share)
     return {"rope_theta": float(theta), "rope_scaling": scaling, "rotary_dim": None if turned == head_dim else turned}
 

@@ -1,0 +1,68 @@
+"""The config.json of an export: what the model decides, over what its old config said about everything else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerwise.errors import BadInput
+from layerwise.models.checkpoint import Origin
+from layerwise.models.hf.family import Family
+from layerwise.models.spec import ModelSpec
+
+NEVER = ("auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
+"""Keys of an old config that are not taken over: code to run, and what is written anew."""
+FORMER = ("rope_scaling", "partial_rotary_factor", "rotary_pct", "rotary_emb_base", "type_vocab_size", "position_embedding_type")
+"""Keys that may contradict what is written once the model has changed."""
+SPECIAL = {
+    "pad": ("<pad>", "[PAD]", "<|padding|>"),
+    "bos": ("<bos>", "<s>", "[BOS]"),
+    "eos": ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "[EOS]"),
+    "unk": ("<unk>", "[UNK]"),
+    "mask": ("<mask>", "[MASK]"),
+    "cls": ("<cls>", "[CLS]"),
+    "sep": ("<sep>", "[SEP]"),
+}
+"""Usual names of special tokens, by Hugging Face's role names."""
+
+
+def merged_config(family: Family, spec: ModelSpec, origin: Origin | None, architecture: str, max_length: int | None) -> dict[str, Any]:
+    """The config of a model of this description.
+
+    Args:
+        origin: what it came from, if that was of the same family. A config that describes the model as it is now is taken over
+            as it was, letter for letter; after a change only the keys remain that the family does not write.
+    """
+    written = family.write(spec)
+    config: dict[str, Any] = {"model_type": family.name, "architectures": [architecture]}
+    if origin is None:
+        config |= written
+    else:
+        old = {key: value for key, value in origin.config.items() if key not in NEVER}
+        if _reads_as(family, old, spec):
+            config = {**written, **old, **config}
+        else:
+            same_tokens = old.get("vocab_size") == written.get("vocab_size")
+            stale = {k for k in old if k in FORMER or (k.endswith("_token_id") and not same_tokens)}
+            config = {**{k: v for k, v in old.items() if k not in stale}, **written, **config}
+    if "max_position_embeddings" not in written and "n_positions" not in written:
+        config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, max_length or 0) or 2048
+    return config
+
+
+def special_tokens(tokenizer: Any, config: dict[str, Any]) -> dict[str, str]:
+    """The tokenizer's special tokens by role: those that the config numbers, else those with a usual name."""
+    found = {}
+    for role, usual in SPECIAL.items():
+        number = config.get(f"{role}_token_id")
+        name = tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+        name = name or next((n for n in usual if tokenizer.token_to_id(n) is not None), None)
+        if name is not None:
+            found[role] = name
+    return found
+
+
+def _reads_as(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
+    try:
+        return family.read(config, spec.head is not None) == spec
+    except (BadInput, KeyError, TypeError, AttributeError, ValueError):
+        return False
