@@ -56,7 +56,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         aside = target.with_name(f".{target.name}.old-{mark}")
         if target.exists():
             target.rename(aside)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            if aside.exists():
+                aside.rename(target)
+            raise
         _sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     except BaseException:
@@ -72,8 +77,8 @@ def check_folder(folder: Path) -> None:
     """
     listing = folder / CHECKSUMS
     try:
-        expected = json.loads(listing.read_text())
-    except (OSError, ValueError) as error:
+        expected = dict(json.loads(listing.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} is missing or unreadable") from error
     for name, digest in expected.items():
         path = folder / name

@@ -142,7 +142,7 @@ def load_data(spec: DataSpec, data_dir: Path | None = None, cache_dir: Path | No
             for s, names in kept["arrays"].items()
         }
         return _assembled(spec, kept["meta"], arrays, data_dir)
-    except (BadInput, OSError, ValueError, KeyError):
+    except (BadInput, OSError, ValueError, KeyError, TypeError, AttributeError):
         meta, arrays = _prepare(spec, data_dir)
     with whole_folder(folder) as temporary:
         for split, named in arrays.items():
@@ -172,6 +172,9 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
     ready = spec.tokenizer.kind == "file"
     tokenizer = read_tokenizer(str(tokenizer_file(spec))) if ready else make_tokenizer(spec.tokenizer, train)
     meta["tokenizer"] = tokenizer.to_str()
+    if ready:
+        # A trained tokenizer follows from the rest; a file's path does not say what is in it.
+        meta["fingerprint"] = digest([meta["fingerprint"], meta["tokenizer"]])
     return meta, {name: _tokens(rows, tokenizer, spec, name, raw.name) for name, rows in splits.items()}
 
 

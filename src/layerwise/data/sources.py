@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,9 @@ def _files(path: Path) -> list[Path]:
 
 
 def _split_of(path: Path) -> str:
-    stem = path.stem.lower()
-    for split, names in {"validation": ("valid", "val", "dev"), "test": ("test",)}.items():
-        if any(stem.startswith(n) or stem.endswith((f"-{n}", f"_{n}")) for n in names):
+    words = re.findall("[a-z]+", path.stem.lower()) or [""]
+    for split, names in {"validation": ("validation", "valid", "val", "dev"), "test": ("test",)}.items():
+        if words[0] in names or words[-1] in names:
             return split
     return "train"
 
@@ -203,15 +204,14 @@ def _from_tables(name: str, tables: Any, spec: DataSpec) -> Raw:
     """Splits of a `datasets.DatasetDict` with canonical columns."""
     splits: dict[str, Rows] = {}
     kind: Any = None
+    columns = {c: spec.columns.get(c, c) for c in ("text", "image", "label")}
+    numbered = _labels({s: list(t[columns["label"]]) for s, t in tables.items() if columns["label"] in t.column_names}, name)
     for split, table in tables.items():
         have = table.column_names
-        columns = {c: spec.columns.get(c, c) for c in ("text", "image", "label")}
         for canonical, column in spec.columns.items():
             if column not in have:
                 raise BadInput(f"data.columns.{canonical}: {name} has no column '{column}'; it has {', '.join(have)}")
-        labels = None
-        if columns["label"] in have:
-            labels = _labels(table[columns["label"]], name)
+        labels = numbered.get(split)
         if columns["image"] in have:
             kind = "images"
             splits[split] = Rows(images=_decoded(table, columns["image"], name), labels=labels)
@@ -225,14 +225,15 @@ def _from_tables(name: str, tables: Any, spec: DataSpec) -> Raw:
     return Raw(kind, name, splits)
 
 
-def _labels(values: Any, name: str) -> np.ndarray:
-    values = list(values)
+def _labels(splits: dict[str, list[Any]], name: str) -> dict[str, np.ndarray]:
+    """Class numbers of every split; a class name has the same number in all of them."""
+    values = [v for part in splits.values() for v in part]
     if all(isinstance(v, str) for v in values):
         order = {v: i for i, v in enumerate(sorted(set(values)))}
-        values = [order[v] for v in values]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise BadInput(f"{name}: labels are class numbers from 0 on or class names; found {values[0]!r}")
-    return np.array(values, dtype=np.int64)
+        splits = {split: [order[v] for v in part] for split, part in splits.items()}
+    elif wrong := [v for v in values if not isinstance(v, int) or isinstance(v, bool) or v < 0]:
+        raise BadInput(f"{name}: labels are class numbers from 0 on or class names; found {wrong[0]!r}")
+    return {split: np.array(part, dtype=np.int64) for split, part in splits.items()}
 
 
 def _decoded(table: Any, column: str, name: str) -> np.ndarray:
@@ -247,7 +248,7 @@ def _decoded(table: Any, column: str, name: str) -> np.ndarray:
         try:
             with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) as image:
                 arrays.append(np.asarray(image.convert("L" if image.mode in ("1", "L", "I;16") else "RGB")))
-        except (OSError, UnidentifiedImageError, KeyError, TypeError) as error:
+        except (OSError, UnidentifiedImageError, KeyError, TypeError, AttributeError) as error:
             raise BadInput(f"{name}: image {len(arrays)} cannot be decoded: {error}") from error
     shapes = {a.shape for a in arrays}
     if len(shapes) > 1:

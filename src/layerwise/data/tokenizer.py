@@ -124,4 +124,10 @@ def _bytes() -> Tokenizer:
 
 
 def _is_bytes(tokenizer: Tokenizer) -> bool:
-    return tokenizer.get_vocab_size() == 256 + len(SPECIALS) and tokenizer.token_to_id("<sep>") == len(SPECIALS) - 1
+    # A trained alphabet can be as large, but stands in the order of the characters that show the bytes: byte 0 is not first.
+    return (
+        isinstance(tokenizer.model, models.BPE)
+        and tokenizer.get_vocab_size() == 256 + len(SPECIALS)
+        and tokenizer.token_to_id("<sep>") == len(SPECIALS) - 1
+        and tokenizer.token_to_id(chr(256)) == len(SPECIALS)
+    )

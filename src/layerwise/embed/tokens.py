@@ -32,7 +32,8 @@ class TokenEmbedding(nn.Module):
         """Embed `batch["input_ids"]` at `positions` (1 or b, s); padding's position -1 counts as 0 where there is no offset."""
         x = self.tokens(batch["input_ids"])
         if self.spec.scale != 1.0:
-            x = x * self.spec.scale
+            # The factor is rounded to the vectors' type first, as in the models that have one.
+            x = x * torch.full((), self.spec.scale, dtype=x.dtype, device=x.device)
         if self.positions is not None:
             x = x + self.positions((positions + self.spec.offset).clamp(min=0))
         elif self.spec.position == "sinusoidal":

@@ -92,8 +92,8 @@ class RelativeBias(nn.Module):
 
 
 def sinusoids(positions: Int[Tensor, "*b s"], width: int) -> Float[Tensor, "*b s width"]:
-    """Fixed sine/cosine position vectors, sines in the first half. Source: Vaswani et al. 2017, section 3.5."""
+    """Fixed sine/cosine position vectors, sines in the first half; an odd width ends in 0. Source: Vaswani et al. 2017, section 3.5."""
     half = width // 2
     frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angles = positions[..., None].float() * frequency
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))

@@ -33,7 +33,7 @@ class Residual(nn.Module):
 
     def __init__(self, branch: Any, spec: LayerSpec) -> None:
         super().__init__()
-        assert spec.width and spec.residual_scale and spec.norm_gain
+        assert spec.width and spec.residual_scale is not None and spec.norm_gain is not None
         self.placement, self.alpha, self.gain = spec.placement, spec.residual_scale, spec.norm_gain
         self.branch: Any = branch
         self.norm = make_norm(spec.norm, spec.width, spec.norm_eps, spec.norm_bias)

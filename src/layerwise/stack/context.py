@@ -119,7 +119,9 @@ class Context:
         length = q.shape[2]
         biased = spec.position in ("alibi", "relative")
         past = keys is not None and keys.shape[1] > length
-        narrow = spec.window is not None and (keys.shape[1] if keys is not None else length) > spec.window
+        # A layer that was skipped at some steps holds fewer keys than the positions they span.
+        reach = self.cache.length if self.cache is not None else length
+        narrow = spec.window is not None and reach > spec.window
         if self.plain and not biased and not narrow and (not past or length == 1):
             return None, spec.causal and not past and length > 1
         assert self.positions is not None

@@ -58,7 +58,7 @@ def view(module: nn.Module) -> View:
     names = [f"{name}.layers.{i}".lstrip(".") for name, depth in stacks for i in range(depth)] or _blocks(module, "")
     if not stacks and len(names) < 2:
         names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))  # a tied layer has several names
     return View(module, tuple(names), tuple(modules[n] for n in names))
 
 
@@ -67,17 +67,16 @@ def depth_of(module: nn.Module) -> dict[str, int]:
     return view(module).depth_of()
 
 
-def _blocks(module: nn.Module, prefix: str) -> list[str]:
-    """Dotted names of the repeated blocks below `module`, in registration order."""
+def _blocks(module: nn.Module, path: str) -> list[str]:
+    """Dotted names of the repeated blocks in `module`, which is called `path`, in registration order."""
+    repeated = isinstance(module, LISTS) and _repeats(module)
     found: list[str] = []
-    for name, child in module.named_children():
-        path = f"{prefix}{name}"
-        if isinstance(child, LISTS) and _repeats(child):
-            for key, block in child.named_children():
-                inner = _blocks(block, f"{path}.{key}.") if _is_stage(block) else []
-                found += inner if len(inner) >= 1 else [f"{path}.{key}"]
+    for key, child in module.named_children():
+        name = f"{path}.{key}".lstrip(".")
+        if not repeated:
+            found += _blocks(child, name)
         else:
-            found += _blocks(child, f"{path}.")
+            found += (_blocks(child, name) if _is_stage(child) else []) or [name]
     return found
 
 

@@ -69,14 +69,14 @@ def record(
     on any network whose layers `view` finds. Recorded tensors are detached unless `gradients`.
 
     Args:
-        hidden, inputs, attention: layer indices (negative from the top), or "all".
+        hidden, inputs, attention: layer indices (negative from the top; of the decoder, where there is one), or "all".
 
     Raises:
         BadInput: an index is out of range, or attention is asked of a model that is not ours.
     """
-    stack = getattr(model, "stack", None)
-    ours = isinstance(stack, Stack)
-    depth = stack.depth if isinstance(stack, Stack) else view(model).depth
+    stacks = [s for name in ("decoder", "stack") if isinstance(s := getattr(model, name, None), Stack)]
+    ours = bool(stacks)
+    depth = stacks[0].depth if ours else view(model).depth
     recorder = Recorder(_which(hidden, depth), _which(inputs, depth), _which(attention, depth), detach=not gradients)
     with torch.set_grad_enabled(gradients):
         output = model(batch, around=(recorder,), recorder=recorder) if ours else _hooked(model, batch, recorder)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -26,7 +25,7 @@ Position = Literal["none", "rotary", "alibi", "relative"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 FORBID = {"extra": "forbid"}
-_SLICE = re.compile(r"^-?\d*(:-?\d*){0,2}$")
+_SLICE = re.compile(r"^(-?\d+)?(:(-?\d+)?){0,2}$")
 
 
 @dataclass(frozen=True)
@@ -175,8 +174,11 @@ class LayerSpec:
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
             raise BadInput(f"rotary_dim must be even and at most the head size {head_dim}; it is {self.rotary_dim}")
         ffn_width = self.ffn_width or (-(-8 * width // 24) * 8 if self.gated else 4 * width)
-        scale = self.residual_scale or ((2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0)
-        gain = self.norm_gain or ((index + 1) ** -0.5 if self.placement == "lns" else 1.0)
+        scale, gain = self.residual_scale, self.norm_gain
+        if scale is None:
+            scale = (2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0
+        if gain is None:
+            gain = (index + 1) ** -0.5 if self.placement == "lns" else 1.0
         return dataclasses.replace(
             self,
             width=width,
@@ -195,14 +197,14 @@ def indices(key: str | int, depth: int) -> range:
         BadInput: the key is neither, or names no layer of a stack this deep.
     """
     text = str(key).strip()
-    if not text or text == "-" or not _SLICE.match(text):
+    if not text or not _SLICE.match(text):
         raise BadInput(f"layer key '{key}' is neither an index nor a slice: write 3, -1, '0:3' or '::4'")
     if ":" not in text:
         index = int(text)
         if not -depth <= index < depth:
             raise BadInput(f"layer {index} is out of range: the stack has layers 0 to {depth - 1}")
         return range(index % depth, index % depth + 1)
-    parts = [int(p) if p not in ("", "-") else None for p in text.split(":")]
+    parts = [int(p) if p else None for p in text.split(":")]
     for bound in parts[:2]:
         if bound is not None and not -depth <= bound <= depth:
             raise BadInput(f"slice '{text}' is out of range: the stack has layers 0 to {depth - 1}")
@@ -223,7 +225,7 @@ class StackSpec:
         width: size of the residual stream.
         layer: what a layer is.
         overrides: index or slice -> fields of `LayerSpec` that differ there; later keys win.
-        final_norm: a last norm (of the last layer's kind) on the stack's output.
+        final_norm: a last norm on the stack's output, of the kind that `layer` has.
         init_std: standard deviation of the initial weights.
         scaled_init: initial weights that write into the residual stream are divided by sqrt(2 depth).
         buckets, max_distance: of T5's relative position bias, shared by all layers with `position: relative`.
@@ -251,7 +253,21 @@ class StackSpec:
                     raise BadInput(f"overrides '{key}': a layer has no field '{name}'.{nearest(name, known)}")
         if self.init_std < 0:
             raise BadInput(f"init_std must be >= 0; it is {self.init_std}")
-        self.layers  # noqa: B018  resolving checks every layer, so a spec that exists can be built
+        self._check_relative([s for s in self.layers if s.position == "relative"])  # resolving checks every layer
+
+    def _check_relative(self, layers: list[LayerSpec]) -> None:
+        """Layers with relative positions share one bias."""
+        if not layers:
+            return
+        kinds = {(s.heads, s.causal) for s in layers}
+        if len(kinds) > 1:
+            raise BadInput(f"layers with relative positions share one bias, so their heads and causal must agree; got {sorted(kinds)}")
+        exact = self.buckets // (2 if layers[0].causal else 4)
+        if exact < 1 or self.max_distance <= exact:
+            raise BadInput(
+                f"relative positions need {2 if layers[0].causal else 4} buckets or more and max_distance above {exact}; "
+                f"got buckets {self.buckets}, max_distance {self.max_distance}"
+            )
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
@@ -263,11 +279,16 @@ class StackSpec:
         return tuple(_replace(self.layer, c).resolve(i, self.depth, self.width) for i, c in enumerate(changes))
 
     def with_layers(self, layers: Sequence[LayerSpec]) -> StackSpec:
-        """The spec whose `layers` are exactly `layers`: the most common value of each field is the default, the rest overrides."""
+        """The spec whose `layers` are exactly `layers`, and whose final norm stays of its kind.
+
+        The layer that needs the fewest overrides is the default, apart from its norm. (The most common value of every field would
+        be shorter, but such a layer need not be possible.)
+        """
         if not layers:
             return dataclasses.replace(self, depth=0, overrides={})
         plain = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s)} for s in layers]
-        common = {name: plain[_most_common([p[name] for p in plain])][name] for name in plain[0]}
+        kept = {name: getattr(self.layer, name) for name in ("norm", "norm_eps", "norm_bias")}
+        common = min((p | kept for p in plain), key=lambda base: sum(v != base[k] for p in plain for k, v in p.items()))
         overrides = {str(i): {k: v for k, v in p.items() if v != common[k]} for i, p in enumerate(plain)}
         return dataclasses.replace(self, depth=len(layers), layer=LayerSpec(**common), overrides={k: v for k, v in overrides.items() if v})
 
@@ -286,9 +307,3 @@ def _replace(layer: LayerSpec, change: dict[str, Any]) -> LayerSpec:
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"override of {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-def _most_common(values: list[Any]) -> int:
-    """Index of the first occurrence of the most frequent value (values need not be hashable)."""
-    firsts = [values.index(v) for v in values]
-    return Counter(firsts).most_common(1)[0][0]

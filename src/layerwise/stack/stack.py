@@ -35,8 +35,7 @@ class Stack(nn.Module):
         self.relative: RelativeBias | None = None
         if isinstance(spec, StackSpec):
             if spec.final_norm:
-                last = spec.layers[-1] if spec.depth else spec.layer
-                self.norm = make_norm(last.norm, spec.width, last.norm_eps, last.norm_bias)
+                self.norm = make_norm(spec.layer.norm, spec.width, spec.layer.norm_eps, spec.layer.norm_bias)
             biased = [s for s in spec.layers if s.position == "relative"]
             if biased:
                 self.relative = RelativeBias(biased[0].heads, not biased[0].causal, spec.buckets, spec.max_distance)
@@ -78,11 +77,20 @@ class Stack(nn.Module):
             nn.init.normal_(self.relative.weight, std=std, generator=generator)
 
     def with_layers(self, layers: Sequence[Any]) -> Stack:
-        """A stack of exactly these layers (shared, not copied) with this stack's final norm and position bias."""
+        """A stack of exactly these layers (shared, not copied) with this stack's final norm and, if one of them needs it, position bias.
+
+        Raises:
+            BadInput: a layer has relative positions and this stack has no bias for them.
+        """
         spec = self.spec.with_layers([layer.spec for layer in layers])
         with torch.device("meta"):
             new = Stack(spec, layers)
-        new.norm, new.relative = self.norm, self.relative
+        new.norm = self.norm
+        if new.relative is not None:
+            if self.relative is None or self.relative.weight.shape != new.relative.weight.shape:
+                have = "none" if self.relative is None else f"one for {self.relative.weight.shape[1]} heads"
+                raise BadInput(f"a layer with relative positions needs the stack's bias for {new.relative.weight.shape[1]} heads; it has {have}")
+            new.relative = self.relative
         return new.train(self.training)
 
 

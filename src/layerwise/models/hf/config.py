@@ -6,7 +6,7 @@ from typing import Any
 
 from layerwise.errors import BadInput
 from layerwise.models.checkpoint import Origin
-from layerwise.models.hf.family import Family
+from layerwise.models.hf.family import Family, stack_of
 from layerwise.models.spec import ModelSpec
 
 NEVER = ("auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
@@ -35,16 +35,16 @@ def merged_config(family: Family, spec: ModelSpec, origin: Origin | None, archit
     written = family.write(spec)
     config: dict[str, Any] = {"model_type": family.name, "architectures": [architecture]}
     if origin is None:
-        config |= written
+        config |= {**dict(family.defaults), **written}
     else:
         old = {key: value for key, value in origin.config.items() if key not in NEVER}
         if _reads_as(family, old, spec):
-            config = {**written, **old, **config}
+            config = {**old, **config}
         else:
             same_tokens = old.get("vocab_size") == written.get("vocab_size")
             stale = {k for k in old if k in FORMER or (k.endswith("_token_id") and not same_tokens)}
             config = {**{k: v for k, v in old.items() if k not in stale}, **written, **config}
-    if "max_position_embeddings" not in written and "n_positions" not in written:
+    if any(layer.position == "rotary" for layer in stack_of(spec).layers):
         config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, max_length or 0) or 2048
     return config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,16 @@ class Rule:
         theirs: dotted name in their checkpoint.
         layout: how ours make up theirs.
         also: further names under which the same numbers may stand.
+        when: which models the rule is for (None: all).
+        unused: names that theirs writes too but never uses; they get a copy.
     """
 
     ours: tuple[str, ...]
     theirs: str
     layout: Layout = JOINED
     also: tuple[str, ...] = ()
+    when: Callable[[ModelSpec], bool] | None = None
+    unused: tuple[str, ...] = ()
 
 
 def names(table: Mapping[str, str], ours: str = "", theirs: str = "", layout: Layout = JOINED) -> tuple[Rule, ...]:
@@ -51,6 +56,7 @@ class Pair:
     theirs: str
     layout: Layout
     also: tuple[str, ...]
+    unused: tuple[str, ...]
     heads: int
 
     def pack(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -77,7 +83,8 @@ class Family:
     Attributes:
         name: its `model_type`.
         read: (their config, whether there is a vocabulary head) -> our description.
-        write: our description -> their config. It names every key that `read` looks at, so that nothing old remains in force.
+        write: our description -> their config, or the nearest there is: what does not read back as it was cannot be held. It
+            names every key that `read` looks at, so that nothing old remains in force.
         rules: the table of names.
         lm: architectures with a vocabulary head; the first is written. base: those without.
         prefix: what the names of everything but the head begin with, and what a checkpoint of the first of `base` leaves out.
@@ -86,6 +93,7 @@ class Family:
         ignored: endings of names that hold nothing of their own.
         carried: beginnings of names of tensors that our model has no use for; they are kept and written out again.
         shared: our second name of a tensor -> its first.
+        defaults: config keys that a model which did not come from this family gets beside those of `write`.
     """
 
     name: str
@@ -100,6 +108,13 @@ class Family:
     ignored: tuple[str, ...] = ()
     carried: tuple[str, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """Their names of the head's matrix; where it is tied, the token embedding may stand under them too."""
+        rule = next(rule for rule in self.rules if rule.ours == ("head.weight",))
+        return (rule.theirs, *rule.also)
 
     def pairs(self, spec: ModelSpec, shapes: Mapping[str, Tensor] | None = None) -> list[Pair]:
         """The table of names for a description, in the order of the rules.
@@ -110,12 +125,14 @@ class Family:
         shapes = shapes_of(spec) if shapes is None else shapes
         found: list[Pair] = []
         for rule in self.rules:
+            if rule.when is not None and not rule.when(spec):
+                continue
             side = spec.decoder if rule.ours[0].startswith("decoder.") else spec.stack
             assert side is None or isinstance(side, StackSpec)
             for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
                 found += _applied(rule, i, side.layers[0].heads if side is not None else 1, shapes)
-        if spec.head is not None and spec.head.kind == "lm" and spec.head.tie:
-            found = [_with_second_names(pair, self.rules) if TOKENS in pair.ours else pair for pair in found]
+        if is_tied(spec):
+            found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if TOKENS in p.ours else p for p in found]
         named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
         if nameless := sorted(shapes.keys() - named):
             raise BadInput(f"{self.name} checkpoints have no name for {nameless[0]}")
@@ -134,19 +151,21 @@ def _applied(rule: Rule, i: int, heads: int, shapes: Mapping[str, Tensor]) -> li
     found = []
     for leaf in ("", ".weight", ".bias"):
         if all(name + leaf in shapes for name in ours):
-            theirs, *also = ((name.replace("*", str(i)) + leaf) for name in (rule.theirs, *rule.also))
-            found.append(Pair(tuple(name + leaf for name in ours), theirs, rule.layout, tuple(also), heads))
+            theirs, also, unused = (
+                tuple(name.replace("*", str(i)) + leaf for name in names) for names in ((rule.theirs,), rule.also, rule.unused)
+            )
+            found.append(Pair(tuple(name + leaf for name in ours), theirs[0], rule.layout, also, unused, heads))
     return found
 
 
-def _with_second_names(pair: Pair, rules: tuple[Rule, ...]) -> Pair:
-    """The pair of the token embedding, which may also stand under the name of the head's matrix that is tied to it."""
-    more = []
-    for rule in rules:
-        if rule.ours in (("head",), ("head.weight",)):
-            leaf = "" if rule.ours[0].endswith(".weight") else ".weight"
-            more += [name + leaf for name in (rule.theirs, *rule.also)]
-    return Pair(pair.ours, pair.theirs, pair.layout, (*pair.also, *more), pair.heads)
+def is_tied(spec: ModelSpec) -> bool:
+    """Whether the head multiplies by the token embedding itself."""
+    return spec.head is not None and spec.head.kind == "lm" and spec.head.tie
+
+
+def is_untied(spec: ModelSpec) -> bool:
+    """Whether it does not."""
+    return not is_tied(spec)
 
 
 def only(config: dict[str, Any], key: str, allowed: tuple[Any, ...], default: Any) -> Any:
@@ -167,8 +186,8 @@ def read_activation(config: dict[str, Any], key: str, default: str) -> Any:
 
 
 def write_activation(name: str | None) -> str:
-    """Their name of one of ours; a gated one goes out under its own, which no family reads back."""
-    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == name), str(name))
+    """Their name of one of ours; for a gated one the nearest there is, which reads back as something else."""
+    return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == name), "gelu")
 
 
 def tokens_of(spec: ModelSpec) -> TokenSpec:

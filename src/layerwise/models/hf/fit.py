@@ -21,6 +21,10 @@ TRAINING = {"dropout", "attention_dropout", "drop", "norm_gain", "linears", "std
 """Fields that change how a model is trained but not what it computes."""
 
 
+FAR = 10_000
+"""As many differences count what is not comparable at all."""
+
+
 def unreadable(spec: ModelSpec) -> str | None:
     """Why no family at all could hold a description: it is not of plain transformer layers over tokens."""
     if not isinstance(spec.embedding, TokenSpec) or not isinstance(spec.stack, StackSpec):
@@ -38,14 +42,17 @@ def unreadable(spec: ModelSpec) -> str | None:
 
 
 def differences(family: Family, spec: ModelSpec) -> list[str]:
-    """In which ways a family would change what a description computes, the most telling first; none: it can hold it."""
+    """In which ways a family would change what a description computes, the most telling first; none: it can hold it.
+
+    Of two families the one with fewer differences is nearer.
+    """
     if (spec.decoder is not None) != family.seq2seq:
-        return [f"{family.name} has {'an encoder and a decoder' if family.seq2seq else 'one stack'}; this has {_shape(spec)}"]
+        return [f"{family.name} has {_shape(family.seq2seq)}; this model has {_shape(not family.seq2seq)}"] * FAR
     head = spec.head is not None
     try:
         back = family.read(_plain(family.write(spec)), head)
     except BadInput as error:
-        return [f"{family.name} cannot be written: {error}"]
+        return [f"{family.name} cannot have this: {error}"] * FAR
     found = list(_stack_differences(family.name, "", stack_of(spec), stack_of(back)))
     if spec.decoder is not None and back.decoder is not None:
         found += _stack_differences(family.name, "decoder ", spec.decoder, back.decoder)
@@ -65,8 +72,8 @@ def differences(family: Family, spec: ModelSpec) -> list[str]:
     return []
 
 
-def _shape(spec: ModelSpec) -> str:
-    return "one stack" if spec.decoder is None else "an encoder and a decoder"
+def _shape(seq2seq: bool) -> str:
+    return "an encoder and a decoder" if seq2seq else "one stack"
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -74,23 +81,23 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stack_differences(family: str, where: str, ours: StackSpec, theirs: StackSpec) -> Iterator[str]:
-    """Each field that differs, once, at the first layer where it does."""
-    told: set[str] = set()
+    """Each field of each layer that differs, then what is around the layers."""
+    first = _layer(ours.layers[0])
     for i, (a, b) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
-        yield from _named(family, f"{where}layer {i}", _layer(a), _layer(b), f"{family} layers have", told)
+        here, there = _layer(a), _layer(b)
+        for field in here:
+            if _equal(here[field], there.get(field)):
+                continue
+            if i and _equal(there.get(field), first.get(field)):
+                yield f"{where}layer {i} has {field} {here[field]!r} and layer 0 has {first[field]!r}; a {family} cannot have both"
+            else:
+                yield f"{where}layer {i} has {field} {here[field]!r}; {family} layers have {there.get(field)!r}"
     yield from _named(family, f"its {where or 'stack'}".strip(), _around(ours), _around(theirs))
 
 
-def _named(
-    family: str, what: str, ours: dict[str, Any], theirs: dict[str, Any], theirs_have: str = "", told: set[str] | None = None
-) -> list[str]:
-    found = []
-    told = set() if told is None else told
-    for field in ours:
-        if field not in told and not _equal(ours[field], theirs.get(field)):
-            told.add(field)
-            found.append(f"{what} has {field} {ours[field]!r}; {theirs_have or f'{family} has'} {theirs.get(field)!r}")
-    return found
+def _named(family: str, what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    differ = [field for field in ours if not _equal(ours[field], theirs.get(field))]
+    return [f"{what} has {field} {ours[field]!r}; {family} has {theirs.get(field)!r}" for field in differ]
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -15,7 +15,7 @@ from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import TOKENS, Family, Pair, shapes_of, stack_of
+from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of, stack_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
@@ -41,7 +41,7 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     theirs = _renamed(family, read_tensors(folder, str(device)), spec)
     shapes = shapes_of(spec)
     pairs = family.pairs(spec, shapes)
-    if _has_a_head_of_its_own(pairs, theirs, spec):
+    if is_tied(spec) and _has_a_head_of_its_own(family, pairs, theirs):
         # As transformers does: two different matrices are not tied, whatever the config says.
         assert spec.head is not None
         spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, tie=False))
@@ -57,7 +57,8 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
         if any(not torch.equal(there[0], other) for other in there[1:]):
             raise BadInput(f"{folder}: {pair.theirs} and {', '.join(pair.also)} are one tensor in a {family.name}; here they differ")
         ours |= pair.unpack(there[0], shapes)
-    carried = {n: t.to("cpu") for n, t in theirs.items() if n.startswith(family.carried or ("\0",))}
+    unused = {name for pair in pairs for name in pair.unused}
+    carried = {n: t.to("cpu") for n, t in theirs.items() if n in unused or n.startswith(family.carried or ("\0",))}
     extra = [n for n in theirs if n not in carried and not n.endswith(family.ignored or ("\0",))]
     if missing or extra:
         raise BadInput(f"{folder} does not fit its config: missing {some(missing)}, unexpected {some(extra)}")
@@ -108,7 +109,7 @@ def export_hf(
     tensors = _theirs(family, model)
     architecture = _architecture(family, model.spec, origin)
     if origin is not None and _same_width(family, model.spec, origin):
-        tensors |= {n: t for n, t in origin.carried.items() if n not in tensors}
+        tensors |= origin.carried
     if architecture == family.base[0]:
         tensors = {n.removeprefix(family.prefix): t for n, t in tensors.items()}
     if dtype is not None:
@@ -174,7 +175,7 @@ def _has_head(family: Family, folder: Path, config: dict[str, Any]) -> bool:
 
 def _renamed(family: Family, tensors: dict[str, Tensor], spec: ModelSpec) -> dict[str, Tensor]:
     """The tensors of a checkpoint under the names that the family's table has: old endings renewed, the prefix put in front."""
-    known = {name for pair in family.pairs(spec) for name in (pair.theirs, *pair.also)}
+    known = {name for pair in family.pairs(spec) for name in (pair.theirs, *pair.also, *pair.unused)}
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         for old, new in family.renamed:
@@ -187,14 +188,11 @@ def _renamed(family: Family, tensors: dict[str, Tensor], spec: ModelSpec) -> dic
     return found
 
 
-def _has_a_head_of_its_own(pairs: list[Pair], theirs: Mapping[str, Tensor], spec: ModelSpec) -> bool:
+def _has_a_head_of_its_own(family: Family, pairs: list[Pair], theirs: Mapping[str, Tensor]) -> bool:
     """Whether a head that the config ties to the embedding is another matrix in the file."""
-    if spec.head is None or not spec.head.tie:
-        return False
     pair = next(p for p in pairs if TOKENS in p.ours)
-    own = [name for name in pair.also if "embed" not in name.rsplit(".", 2)[-2]]
-    first = theirs.get(pair.theirs)
-    return first is not None and any(n in theirs and not torch.equal(first, theirs[n]) for n in own)
+    tokens = next((theirs[n] for n in (pair.theirs, *pair.also) if n in theirs and n not in family.head_names), None)
+    return tokens is not None and any(n in theirs and not torch.equal(tokens, theirs[n]) for n in family.head_names)
 
 
 def _theirs(family: Family, model: Model) -> dict[str, Tensor]:
@@ -211,6 +209,7 @@ def _theirs(family: Family, model: Model) -> dict[str, Tensor]:
             packed = packed.clone()
         memory.add(packed.untyped_storage().data_ptr())
         tensors[pair.theirs] = packed
+        tensors |= {name: packed.clone() for name in pair.unused}
     return tensors
 
 

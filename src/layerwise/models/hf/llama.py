@@ -12,7 +12,7 @@ from layerwise.models.spec import HeadSpec, ModelSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
 RULES: tuple[Rule, ...] = (
-    *names({"embedding.tokens": "model.embed_tokens", "stack.norm": "model.norm", "head": "lm_head"}),
+    *names({"embedding.tokens": "model.embed_tokens", "stack.norm": "model.norm", "head.weight": "lm_head.weight"}),
     *names(
         {
             "mixer.norm": "input_layernorm",

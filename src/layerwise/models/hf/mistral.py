@@ -10,7 +10,8 @@ from layerwise.models.spec import ModelSpec
 
 
 def _read(config: dict[str, Any], head: bool) -> ModelSpec:
-    return read_decoder(config, head, [config.get("sliding_window", 4096)] * config["num_hidden_layers"])
+    # The config class has a number of key/value heads of its own.
+    return read_decoder({"num_key_value_heads": 8, **config}, head, [config.get("sliding_window", 4096)] * config["num_hidden_layers"])
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:

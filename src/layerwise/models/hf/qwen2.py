@@ -24,6 +24,8 @@ def write_some_windows(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _read(config: dict[str, Any], head: bool) -> ModelSpec:
+    # The config class has a number of key/value heads of its own.
+    config = {"num_key_value_heads": 32, **config}
     return read_decoder(config, head, read_some_windows(config), qkv_bias=True)
 
 

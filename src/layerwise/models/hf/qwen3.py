@@ -12,8 +12,8 @@ from layerwise.models.spec import ModelSpec
 
 def _read(config: dict[str, Any], head: bool) -> ModelSpec:
     biased = bool(config.get("attention_bias", False))
-    # The config class has a head size of its own, whatever the width.
-    config = {**config, "head_dim": config.get("head_dim", 128)}
+    # The config class has a size and a number of heads of its own, whatever the width.
+    config = {"head_dim": 128, "num_key_value_heads": 32, **config}
     return read_decoder(config, head, read_some_windows(config), qkv_bias=biased, out_bias=biased, qk_norm=True)
 
 

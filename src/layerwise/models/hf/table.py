@@ -14,6 +14,17 @@ FAMILIES = {
     "ministral": "layerwise.models.hf.ministral:FAMILY",
     "qwen2": "layerwise.models.hf.qwen2:FAMILY",
     "qwen3": "layerwise.models.hf.qwen3:FAMILY",
+    "gemma": "layerwise.models.hf.gemma:FAMILY",
+    "gpt2": "layerwise.models.hf.gpt2:FAMILY",
+    "gpt_neox": "layerwise.models.hf.gpt_neox:FAMILY",
+    "opt": "layerwise.models.hf.opt:FAMILY",
+    "bert": "layerwise.models.hf.bert:FAMILY",
+    "roberta": "layerwise.models.hf.roberta:FAMILY",
+    "xlm-roberta": "layerwise.models.hf.xlm_roberta:FAMILY",
+    "distilbert": "layerwise.models.hf.distilbert:FAMILY",
+    "electra": "layerwise.models.hf.electra:FAMILY",
+    "t5": "layerwise.models.hf.t5:FAMILY",
+    "bart": "layerwise.models.hf.bart:FAMILY",
 }
 """In the order in which they are tried when a model is written: where two could hold it, the first does."""
 
