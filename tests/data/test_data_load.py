@@ -177,7 +177,7 @@ def test_a_second_load_reads_the_cache_and_nothing_else(tmp_path, monkeypatch, t
 
 
 def _entry(cache):
-    (entry,) = [p for p in (cache / "data").iterdir()]
+    (entry,) = list((cache / "data").iterdir())
     return entry
 
 
@@ -218,7 +218,9 @@ WRITERS = {
 
 @pytest.mark.parametrize("suffix", WRITERS)
 def test_tables_of_every_kind_hold_the_same(tmp_path, suffix):
-    files = {f"{split}.{suffix}": WRITERS[suffix](rows) for split, rows in {"train": ROWS, "validation": ROWS[:6], "test": ROWS[6:9]}.items()}
+    files = {
+        f"{split}.{suffix}": WRITERS[suffix](rows) for split, rows in {"train": ROWS, "validation": ROWS[:6], "test": ROWS[6:9]}.items()
+    }
     raw = read_source(_spec(_folder(tmp_path / "a", files)))
     assert {s: rows.texts for s, rows in raw.splits.items()} == {
         "train": [r["text"] for r in ROWS],
@@ -319,7 +321,9 @@ def test_image_folders(tmp_path, mode):
     assert len(data.train) + len(data.validation) == 12
     raw = read_source(_spec(tmp_path / "a"))
     for image, label in zip(raw.splits["train"].images, raw.splits["train"].labels.tolist(), strict=True):
-        same = [np.asarray(Image.open(tmp_path / "a" / NAMES[label] / f"{i}.png").convert("L" if channels == 1 else "RGB")) for i in range(4)]
+        same = [
+            np.asarray(Image.open(tmp_path / "a" / NAMES[label] / f"{i}.png").convert("L" if channels == 1 else "RGB")) for i in range(4)
+        ]
         assert any(np.array_equal(image[0], s if channels == 1 else s[..., 0]) for s in same), "every image has its folder's label"
 
 
@@ -356,9 +360,7 @@ def test_builtin_digits_are_scikit_learn_s(digits):
     assert len(whole.train) + len(whole.validation) + len(whole.test) == 1797
     assert (whole.channels, whole.size, whole.classes) == (1, (8, 8), 10)
     seen = np.concatenate([s.arrays["images"] for s in (whole.train, whole.validation, whole.test)])
-    assert sorted(i.tobytes() for i in seen) == sorted(
-        np.round(i / 16 * 255).astype(np.uint8).tobytes() for i in load_digits().images
-    )
+    assert sorted(i.tobytes() for i in seen) == sorted(np.round(i / 16 * 255).astype(np.uint8).tobytes() for i in load_digits().images)
     assert np.bincount(digits.train.arrays["labels"]).tolist() == [40] * 10
     pixels = whole.train.batch(torch.arange(64))["pixel_values"]
     assert pixels.dtype == torch.float32 and pixels.min() == 0 and pixels.max() == 1

@@ -169,7 +169,10 @@ def description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"{path} is not a model's description: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise BadInput(f"{path} is not a model's description: {reason}") from error
 
 
 def refuse_pickle(folder: Path) -> None:

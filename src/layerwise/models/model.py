@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from layerwise.embed.pixels import PixelEmbedding
 from layerwise.embed.spec import PixelSpec, TokenSpec
 from layerwise.embed.tokens import TokenEmbedding
+from layerwise.errors import BadInput
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
@@ -115,7 +116,7 @@ class Model(nn.Module):
                 kept.append(call(x, ctx))
                 return kept[-1]
 
-            context["around"] = (*context.get("around", ()), keep)
+            context["around"] = (keep, *context.get("around", ()))  # outermost: what the next layer gets
         if self.decoder is None:
             hidden, mask = self._run(self.embedding, self.stack, batch, cache, context)
             return Output(hidden, self, mask, tuple(kept) or None)
@@ -172,9 +173,15 @@ def token_positions(ids: Int[Tensor, "b s"], mask: Tensor | None, given: Tensor 
     """Position of every query, padding at `PAD`; None when they simply count on from the cache.
 
     With a mask, real tokens are counted from the left, so padding on either side moves nothing.
+
+    Raises:
+        BadInput: the mask does not cover the cache and the tokens.
     """
     if mask is None:
         return given
+    past = cache.length if cache is not None else 0
+    if mask.shape[1] != past + ids.shape[1]:
+        raise BadInput(f"attention_mask covers {mask.shape[1]} positions; there are {past} in the cache and {ids.shape[1]} in input_ids")
     counted = mask.long().cumsum(dim=1) - 1 if given is None else given
     if counted.shape[1] != mask.shape[1]:
         return counted.masked_fill(~mask[:, -counted.shape[1] :], PAD)

@@ -42,7 +42,11 @@ class PlainLayerSpec:
     def __post_init__(self) -> None:
         if self.channels < 1 or self.size < 1 or self.stride < 1:
             raise BadInput(f"channels, size and stride are at least 1; got {self.channels}, {self.size}, {self.stride}")
-        if self.norm == "group" and self.channels % self.group:
+        if self.kind == "residual" and self.size % 2 == 0:
+            raise BadInput(f"a residual layer needs an odd size, so that what it adds has the input's shape; it is {self.size}")
+        if self.kind == "dense" and (self.pool or self.stride != 1):
+            raise BadInput("a dense layer reads vectors: it has no pool and no stride")
+        if self.norm == "group" and (self.group < 1 or self.channels % self.group):
             raise BadInput(f"group norm needs channels ({self.channels}) to be a multiple of group ({self.group})")
 
 
@@ -63,6 +67,8 @@ class PlainStackSpec:
     def __post_init__(self) -> None:
         if not self.layers:
             raise BadInput("layers is empty: a network needs at least one layer")
+        if len({layer.kind == "dense" for layer in self.layers}) > 1:
+            raise BadInput("dense layers read vectors and convolutions read maps: a stack is all of the one or all of the other")
         below, linked = self.inputs, []
         for i, layer in enumerate(self.layers):
             if layer.inner is not None and below is not None and layer.inner != below:

@@ -88,6 +88,10 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if isinstance(self.stack, PlainStackSpec) and isinstance(self.embedding, TokenSpec):
             raise BadInput("a stack of convolutional or dense layers reads images: set embedding.kind to pixels")
+        if isinstance(self.embedding, PixelSpec):
+            self._check_pixels(self.embedding)
+        if self.decoder is not None and self.decoder.width != self.stack.width:
+            raise BadInput(f"the decoder looks at what the encoder made: its width ({self.decoder.width}) must be {self.stack.width}")
         if self.decoder is not None and not all(s.cross and s.causal for s in self.decoder.layers):
             raise BadInput("every decoder layer needs cross: true and causal: true")
         if self.decoder is None and isinstance(self.stack, StackSpec) and any(s.cross for s in self.stack.layers):
@@ -99,6 +103,18 @@ class ModelSpec:
                 raise BadInput(
                     f"a tied head needs head.size {tokens.size}, the size of the embedding's vectors; it is {head.size or width}"
                 )
+
+    def _check_pixels(self, embedding: PixelSpec) -> None:
+        """Images as they are go to convolutions, flattened ones to dense layers, and either to classes."""
+        if isinstance(self.stack, StackSpec):
+            raise BadInput("pixels go to convolutional or dense layers: give stack.layers, or set embedding.kind to tokens")
+        dense = self.stack.layers[0].kind == "dense"
+        if embedding.flatten != dense:
+            raise BadInput(
+                f"{'dense layers read vectors' if dense else 'convolutions read maps'}: set embedding.flatten to {str(dense).lower()}"
+            )
+        if self.head is not None and self.head.kind == "lm":
+            raise BadInput("a head of kind lm scores tokens and this model reads images: set head.kind to classifier")
 
     @property
     def causal(self) -> bool:

@@ -93,5 +93,5 @@ class Attention(nn.Module):
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
         probabilities = scores.softmax(dim=-1)
         assert ctx.recorder is not None
-        ctx.recorder.attention[slot[0]] = probabilities.detach()
+        ctx.recorder.attention[slot[0]] = probabilities.detach() if ctx.recorder.detach else probabilities
         return F.dropout(probabilities, self.spec.attention_dropout, self.training) @ v

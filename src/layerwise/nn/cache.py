@@ -87,11 +87,11 @@ class Cache:
     def crop(self, length: int) -> None:
         """Forget everything written at or after position `length` of the pass (rejected drafts)."""
         self.length = min(self.length, length)
-        short: dict[int, Tensor] = {}
+        short: dict[tuple[int, int], Tensor] = {}
         for slot, times in self._times.items():
             del times[bisect_left(times, length) :]
             old = self._positions[slot]
-            self._positions[slot] = short.setdefault(id(old), old[:, : len(times)])
+            self._positions[slot] = short.setdefault((id(old), len(times)), old[:, : len(times)])
         self._joined = None
 
     def reorder(self, rows: Int[Tensor, " b"]) -> None:

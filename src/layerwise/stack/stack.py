@@ -89,7 +89,9 @@ class Stack(nn.Module):
         if new.relative is not None:
             if self.relative is None or self.relative.weight.shape != new.relative.weight.shape:
                 have = "none" if self.relative is None else f"one for {self.relative.weight.shape[1]} heads"
-                raise BadInput(f"a layer with relative positions needs the stack's bias for {new.relative.weight.shape[1]} heads; it has {have}")
+                raise BadInput(
+                    f"a layer with relative positions needs the stack's bias for {new.relative.weight.shape[1]} heads; it has {have}"
+                )
             new.relative = self.relative
         return new.train(self.training)
 
