@@ -81,9 +81,11 @@ def check_folder(folder: Path) -> None:
     """
     listing = folder / CHECKSUMS
     try:
-        expected = dict(json.loads(listing.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        expected = json.loads(listing.read_text())
+    except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} is missing or unreadable") from error
+    if not isinstance(expected, dict) or not expected:
+        raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} names no file")
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():
