@@ -82,10 +82,10 @@ def check_folder(folder: Path) -> None:
     listing = folder / CHECKSUMS
     try:
         expected = json.loads(listing.read_text())
+        if not isinstance(expected, dict) or not expected:
+            raise ValueError("it names no file")
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} is missing or unreadable") from error
-    if not isinstance(expected, dict) or not expected:
-        raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} names no file")
     for name, digest in expected.items():
         path = folder / name
         if not path.is_file():

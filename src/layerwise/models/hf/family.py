@@ -129,8 +129,10 @@ class Family:
                 continue
             side = spec.decoder if rule.ours[0].startswith("decoder.") else spec.stack
             assert side is None or isinstance(side, StackSpec)
+            # `layers` resolves every layer anew, so it is asked for once a rule, not once a layer.
+            heads = side.layers[0].heads if side is not None and side.depth else 1
             for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
-                found += _applied(rule, i, side.layers[0].heads if side is not None else 1, shapes)
+                found += _applied(rule, i, heads, shapes)
         if is_tied(spec):
             found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if TOKENS in p.ours else p for p in found]
         named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
