@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.metadata
 import sys
 import sysconfig
 import warnings
@@ -38,9 +39,8 @@ _SKIPPED = {
 
 def identity() -> str:
     """What decides the content of the built-in corpora: this interpreter and its libraries."""
-    import sklearn
-
-    return f"{sys.version} {sklearn.__version__}"
+    # Importing scikit-learn for its version would take longer than a cached load does.
+    return f"{sys.version} {importlib.metadata.version('scikit-learn')}"
 
 
 def docs() -> Raw:

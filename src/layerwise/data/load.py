@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor
 from layerwise.data.augment import make_augment
 from layerwise.data.pack import packed, padded
 from layerwise.data.raw import Raw, Rows, positions
-from layerwise.data.sources import check_source, read_source, source_identity, tokenizer_file
+from layerwise.data.sources import check_fit, check_source, read_source, source_identity, tokenizer_file
 from layerwise.data.spec import DataSpec
 from layerwise.data.tokenizer import encoded, make_tokenizer, read_tokenizer, special_ids
 from layerwise.errors import BadInput
@@ -26,7 +28,8 @@ from layerwise.files import check_folder, digest, whole_folder, write_file, writ
 
 __all__ = ["Data", "Split", "check_source", "load_data"]
 
-LAYOUT = 1
+LAYOUT = 2
+"""Raised when equal sources become other arrays, so that no older cache entry is taken for a new one."""
 SPLITS = ("train", "validation", "test")
 
 
@@ -37,10 +40,12 @@ class Split:
     Attributes:
         arrays: `rows` (n, length) token ids; `lengths` (n,) of padded rows; `images` (n, c, h, w) uint8; `labels` (n,).
         boundaries: the end token that separates packed documents, if rows carry segments.
+        read: reads the raw texts anew.
     """
 
     arrays: dict[str, np.ndarray]
     boundaries: int | None = None
+    read: Callable[[], list[str]] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
@@ -49,6 +54,10 @@ class Split:
     def tokens_per_row(self) -> int:
         """Tokens in a row of text; 0 for images."""
         return self.arrays["rows"].shape[1] if "rows" in self.arrays else 0
+
+    def documents(self) -> list[str]:
+        """The raw texts, read anew from the source (as it is now); none for images."""
+        return [] if self.read is None else self.read()
 
     def batch(self, index: Tensor) -> dict[str, Tensor]:
         """The rows `index` (b,) as model inputs.
@@ -114,9 +123,11 @@ class Data:
     data_dir: Path | None = field(default=None, repr=False)
 
     def documents(self, split: str) -> list[str]:
-        """The raw texts of a split (read anew from the source)."""
-        rows = _split(read_source(self.spec, self.data_dir), self.spec)[split]
-        return rows.texts or []
+        """`Split.documents` of the split of that name."""
+        found = {"train": self.train, "validation": self.validation, "test": self.test}.get(split)
+        if found is None:
+            raise BadInput(f"{self.spec.source} has no {split} split")
+        return found.documents()
 
 
 def load_data(spec: DataSpec, data_dir: Path | None = None, cache_dir: Path | None = None) -> Data:
@@ -144,18 +155,24 @@ def load_data(spec: DataSpec, data_dir: Path | None = None, cache_dir: Path | No
         return _assembled(spec, kept["meta"], arrays, data_dir)
     except (BadInput, OSError, ValueError, KeyError, TypeError, AttributeError):
         meta, arrays = _prepare(spec, data_dir)
-    with whole_folder(folder) as temporary:
-        for split, named in arrays.items():
-            for name, array in named.items():
-                np.save(temporary / f"{split}.{name}.npy", array, allow_pickle=False)
-        write_json(temporary / "meta.json", {"meta": meta, "arrays": {s: list(named) for s, named in arrays.items()}})
-        if meta["tokenizer"] is not None:
-            write_file(temporary / "tokenizer.json", meta["tokenizer"])
+    try:
+        with whole_folder(folder) as temporary:
+            for split, named in arrays.items():
+                for name, array in named.items():
+                    np.save(temporary / f"{split}.{name}.npy", array, allow_pickle=False)
+            write_json(temporary / "meta.json", {"meta": meta, "arrays": {s: list(named) for s, named in arrays.items()}})
+            if meta["tokenizer"] is not None:
+                write_file(temporary / "tokenizer.json", meta["tokenizer"])
+    except OSError as error:
+        # Nothing is lost but time; that another process put the same entry there first is no trouble at all.
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            warnings.warn(f"prepared data cannot be kept in {cache_dir}: {error}", stacklevel=2)
     return _assembled(spec, meta, arrays, data_dir)
 
 
 def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     raw = read_source(spec, data_dir)
+    check_fit(spec, raw.kind, labelled=any(rows.labels is not None for rows in raw.splits.values()))
     splits = _split(raw, spec)
     sources = [{"name": raw.name, "sha256": raw.sha256()}]
     meta: dict[str, Any] = {
@@ -171,6 +188,8 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
     train = splits["train"].texts or []
     ready = spec.tokenizer.kind == "file"
     tokenizer = read_tokenizer(str(tokenizer_file(spec))) if ready else make_tokenizer(spec.tokenizer, train)
+    if spec.boundaries and special_ids(tokenizer)["eos"] is None:
+        raise BadInput(f"data.boundaries: the tokenizer {spec.tokenizer.path} has no end token to keep documents apart with")
     meta["tokenizer"] = tokenizer.to_str()
     if ready:
         # A trained tokenizer follows from the rest; a file's path does not say what is in it.
@@ -188,7 +207,8 @@ def _tokens(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, split: str, source
     ids, special, vocab = encoded(tokenizer, rows.texts or []), special_ids(tokenizer), tokenizer.get_vocab_size()
     if rows.labels is not None:
         made, lengths = padded(ids, spec.length, special["pad"] or 0, special["cls"], special["sep"], vocab)
-        return {"rows": made, "lengths": lengths, "labels": rows.labels}
+        # A text of no tokens at all would be a row that attends to nothing, and attention over nothing is not a number.
+        return {"rows": made, "lengths": np.maximum(lengths, 1), "labels": rows.labels}
     documents = list(ids)
     made = packed(documents, spec.length, special["eos"], vocab)
     if not len(made):
@@ -201,38 +221,49 @@ def _tokens(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, split: str, source
 
 
 def _split(raw: Raw, spec: DataSpec) -> dict[str, Rows]:
-    """The splits of a source: its own where it has them, else a share of the documents by their content."""
+    """The splits of a source: its own where it has them, else a share of the documents by their content.
+
+    Raises:
+        BadInput: a split would be empty, or fewer documents or examples exist than were asked for.
+    """
     splits = dict(raw.splits)
     if "train" not in splits:
         raise BadInput(f"{raw.name} has no training split; it has {', '.join(splits)}")
     if not all(len(rows) for rows in splits.values()):
         raise BadInput(f"{raw.name} is empty: {', '.join(f'{n} has {len(r)} rows' for n, r in splits.items())}")
     train = splits["train"]
-    if spec.documents is not None and raw.kind == "text":
+    if spec.documents is not None:
+        if spec.documents > len(train):
+            raise BadInput(f"data.documents asks for {spec.documents} documents; {raw.name} has {len(train)}")
         order = np.argsort(positions(train.keys(), spec.seed + 1), kind="stable")
         train = train.take(np.sort(order[: spec.documents]))
     if "validation" not in splits:
-        if len(train) < 2:
-            raise BadInput(f"{raw.name} has {len(train)} document, but training and validation need one each: splits are by document")
-        place = positions(train.keys(), spec.seed)
-        held = place < spec.validation
-        if not held.any() or held.all():
-            held = place == (place.min() if not held.any() else place.max())
-            held = held if not held.all() else np.arange(len(held)) == 0
-            held = ~held if (place < spec.validation).all() else held
+        held = _held_out(train, spec, raw.name)
         splits["validation"] = train.take(np.flatnonzero(held))
         train = train.take(np.flatnonzero(~held))
-    splits["train"] = _chosen(train, spec) if spec.examples is not None and train.labels is not None else train
+    splits["train"] = train if spec.examples is None else _chosen(train, spec)
     return {name: splits[name] for name in SPLITS if name in splits}
+
+
+def _held_out(rows: Rows, spec: DataSpec, name: str) -> np.ndarray:
+    """Which rows are for validation: (n,) bool. Equal rows share their place, so they are on one side (unless all are equal)."""
+    place = positions(rows.keys(), spec.seed)
+    places = np.unique(place)
+    if len(rows) < 2:
+        raise BadInput(f"{name} has {len(rows)} document, but training and validation need one each: splits are by document")
+    if len(places) == 1:
+        return np.arange(len(rows)) == 0
+    # Of a few documents the share may be none or all: each side keeps at least one.
+    return place <= np.clip(spec.validation, places[0], places[-2])
 
 
 def _chosen(rows: Rows, spec: DataSpec) -> Rows:
     """`spec.examples` rows, of every class as many as of any other, chosen by content."""
-    assert rows.labels is not None and spec.examples is not None
+    assert spec.examples is not None
     if spec.examples > len(rows):
         raise BadInput(f"data.examples asks for {spec.examples} training examples; there are {len(rows)}")
     order = np.argsort(positions(rows.keys(), spec.seed + 1), kind="stable")
-    labels = rows.labels[order]
+    labels = np.zeros(len(rows), dtype=np.int64) if rows.labels is None else rows.labels[order]
     # Rank of each row within its class: taking the lowest ranks first takes the classes in turn.
     rank = np.empty(len(order), dtype=np.int64)
     for label in np.unique(labels):
@@ -246,7 +277,7 @@ def _assembled(spec: DataSpec, meta: dict[str, Any], arrays: dict[str, dict[str,
     tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_str(meta["tokenizer"])
     special: dict[str, Any] = special_ids(tokenizer) if tokenizer is not None else {}
     boundaries = special.get("eos") if spec.boundaries else None
-    splits = {name: Split(named, boundaries) for name, named in arrays.items()}
+    splits = {name: Split(named, boundaries, _reader(spec, name, meta, data_dir)) for name, named in arrays.items()}
     data = Data(
         spec, meta["kind"], splits["train"], splits["validation"], splits.get("test"), meta["sources"], meta["fingerprint"], tokenizer,
         tokenizer.get_vocab_size() if tokenizer is not None else None, meta["classes"], data_dir=data_dir,
@@ -258,3 +289,10 @@ def _assembled(spec: DataSpec, meta: dict[str, Any], arrays: dict[str, dict[str,
         if spec.augment is not None:
             data.augment = make_augment(spec.augment, data.size)
     return data
+
+
+def _reader(spec: DataSpec, split: str, meta: dict[str, Any], data_dir: Path | None) -> Callable[[], list[str]] | None:
+    def read() -> list[str]:
+        return _split(read_source(spec, data_dir), spec)[split].texts or []
+
+    return read if meta["kind"] == "text" else None

@@ -25,7 +25,7 @@ def mask_tokens(
         special_ids: tokens that are never chosen. attention_mask: nor are positions where it is 0.
         replace: of the chosen, the shares that become `mask_id`, a random token, and stay as they are.
     """
-    ordinary = ~torch.isin(ids, special_ids)
+    ordinary = ~torch.isin(ids, special_ids.to(ids.device))
     if attention_mask is not None:
         ordinary &= attention_mask.bool()
     draw = torch.rand(ids.shape, device=ids.device, generator=generator)

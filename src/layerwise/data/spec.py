@@ -7,6 +7,9 @@ from typing import Literal
 
 from layerwise.errors import BadInput
 from layerwise.stack.spec import FORBID
+from layerwise.table import unknown
+
+COLUMNS = ("text", "image", "label")
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class TokenizerSpec:
     def __post_init__(self) -> None:
         if self.kind == "file" and not self.path:
             raise BadInput("a tokenizer of kind file needs path: a tokenizer.json or a folder that holds one")
+        if self.kind != "file" and self.path is not None:
+            raise BadInput(f"tokenizer.path is for kind file; kind is {self.kind}: say kind: file to use {self.path}")
+        if self.kind != "wordpiece" and self.lowercase:
+            raise BadInput(f"tokenizer.lowercase is for wordpiece; kind is {self.kind}")
         if self.kind in ("bpe", "wordpiece") and self.vocab < 300:
             raise BadInput(f"a {self.kind} vocabulary holds all bytes and the specials: vocab must be at least 300; it is {self.vocab}")
 
@@ -61,7 +68,7 @@ class DataSpec:
 
     Attributes:
         source: `builtin:docs|code|digits`, `path:FILE_OR_FOLDER`, `hub:NAME[:CONFIG]`, or a named set in the data folder.
-        columns: canonical name -> the source's column (`{text: body}`).
+        columns: canonical name (text, image, label) -> the source's column (`{text: body}`).
         tokenizer: for text. length: tokens in a row.
         validation: share of the documents (or images) held out where the source has no validation split of its own.
         documents: use so many documents only. examples: use so many training images only, classes evenly.
@@ -88,6 +95,9 @@ class DataSpec:
             raise BadInput(f"length must be at least 2 tokens; it is {self.length}")
         if not 0 < self.validation < 1:
             raise BadInput(f"validation is the share held out, between 0 and 1; it is {self.validation}")
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise unknown(name, COLUMNS, "canonical column in data.columns:")
         for name in ("documents", "examples"):
             value = getattr(self, name)
             if value is not None and value < 2:
