@@ -28,7 +28,7 @@ LLAMA3 = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 48,
 }
 CASES = {
     "gpt2": (T.GPT2LMHeadModel, T.GPT2Config(**GPT2)),

@@ -16,6 +16,7 @@ from layerwise.models.hf import export_hf, family_for, import_hf
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
+from layerwise.stack.context import PAD as PAD_POSITION
 from layerwise.stack.surgery import keep
 
 T = transformers
@@ -77,6 +78,18 @@ def test_every_layer_and_the_logits_are_equal(theirs, tmp_path, dtype, tolerance
     if ours.head is not None:
         logits = reference.logits if hasattr(reference, "logits") else reference.prediction_logits
         torch.testing.assert_close(made.logits[mask], logits[mask], rtol=0, atol=tolerance * max(1, float(logits.abs().max())))
+
+
+@pytest.mark.parametrize("name", ["roberta-base", "xlm-roberta"])
+def test_padding_has_the_row_of_the_position_table_that_it_has_there(name, tmp_path):
+    """No output that is used shows it, so the embedding is looked at itself."""
+    theirs = random_model(*CASES[name])
+    theirs.save_pretrained(tmp_path)
+    batch, mask, _ = _batch("right")
+    positions = (mask.long().cumsum(1) - 1).masked_fill(~mask, PAD_POSITION)
+    with torch.no_grad():
+        made = import_hf(tmp_path).embedding(batch, positions)
+        torch.testing.assert_close(made, theirs.base_model.embeddings(batch["input_ids"]), rtol=0, atol=1e-5)
 
 
 def test_token_types_are_read(tmp_path):

@@ -45,9 +45,10 @@ class TokenEmbedding(nn.Module):
         return x if self.project is None else self.project(x)
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
+        table_std = std if self.spec.std is None else self.spec.std
         for table in (self.tokens, self.positions, self.types):
             if table is not None:
-                nn.init.normal_(table.weight, std=self.spec.std or std, generator=generator)
+                nn.init.normal_(table.weight, std=table_std, generator=generator)
         if self.norm is not None:
             fill_norm(self.norm, 1.0)
         if self.project is not None:

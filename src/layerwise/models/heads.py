@@ -84,6 +84,7 @@ class ClassifierHead(nn.Module):
 
     def initialize(self, std: float | None, generator: torch.Generator) -> None:
         """Normal weights with the stack's standard deviation; Xavier's (Glorot and Bengio 2010) where it has none."""
-        nn.init.normal_(self.out.weight, std=std or (2 / sum(self.out.weight.shape)) ** 0.5, generator=generator)
+        xavier = (2 / sum(self.out.weight.shape)) ** 0.5
+        nn.init.normal_(self.out.weight, std=xavier if std is None else std, generator=generator)
         if self.out.bias is not None:
             nn.init.zeros_(self.out.bias)

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from layerwise.errors import BadInput
 from layerwise.nn.positions import RelativeBias, alibi_slopes, rotary_angles
 from layerwise.stack.spec import LayerSpec, RopeScaling
 
@@ -57,8 +58,14 @@ class Context:
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     def begin(self, x: Float[Tensor, "b s ..."], relative: RelativeBias | None) -> None:
-        """Called by the stack: fix the positions of this pass and announce it to the cache."""
+        """Called by the stack: fix the positions of this pass and announce it to the cache.
+
+        Raises:
+            BadInput: packed documents are to go on from a cache, which does not know their segments.
+        """
         past = self.cache.length if self.cache is not None else 0
+        if past and self.segments is not None:
+            raise BadInput("packed documents cannot go on from a cache: give each document its row and leave segment_ids out")
         self.relative = relative
         if self.positions is None:
             self.plain = self.segments is None
@@ -76,6 +83,9 @@ class Context:
             for name in ("positions", "segments")
             if (value := getattr(self, name)) is not None
         }
+        if self.condition is not None and self.condition.dim() == 3:
+            index = tokens[..., None].expand(-1, -1, self.condition.shape[-1])
+            chosen["condition"] = self.condition.expand(rows, -1, -1).gather(1, index)
         return dataclasses.replace(self, **chosen, plain=False, _made={})
 
     def rows(self, index: Int[Tensor, " k"]) -> Context:

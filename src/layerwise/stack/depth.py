@@ -52,13 +52,14 @@ def view(module: nn.Module) -> View:
     """Find the layers of a network: those of our stacks; else the repeated blocks; else the modules that own weights, in order.
 
     Repeated blocks are the children of a list of like modules (`nn.ModuleList`, `nn.Sequential`). A list of stages that
-    hold such lists themselves (ResNet, Swin) is opened; a list inside a block (experts, heads) is not.
+    hold such lists themselves (ResNet, Swin) is opened; a list inside a block (experts, heads) is not. A network may have one
+    block only (BERT with one layer), but a single list of operations is no block.
     """
     stacks = [(name, part.depth) for name, part in module.named_modules() if isinstance(part, Stack)]
     names = [f"{name}.layers.{i}".lstrip(".") for name, depth in stacks for i in range(depth)] or _blocks(module, "")
-    if not stacks and len(names) < 2:
-        names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
     modules = dict(module.named_modules(remove_duplicate=False))  # a tied layer has several names
+    if not stacks and (not names or (len(names) == 1 and isinstance(modules[names[0]], LISTS))):
+        names = [n for n, m in module.named_modules() if n and any(True for _ in m.parameters(recurse=False))]
     return View(module, tuple(names), tuple(modules[n] for n in names))
 
 
@@ -73,6 +74,8 @@ def _blocks(module: nn.Module, path: str) -> list[str]:
     found: list[str] = []
     for key, child in module.named_children():
         name = f"{path}.{key}".lstrip(".")
+        if key == "parametrizations":  # where torch keeps how a weight is computed (weight norm): no layer
+            continue
         if not repeated:
             found += _blocks(child, name)
         else:

@@ -98,16 +98,17 @@ def _hooked(model: nn.Module, batch: Mapping[str, Any], recorder: Recorder) -> A
         raise BadInput("attention maps can be recorded on layerwise models only: load the checkpoint with layerwise.load first")
 
     def hook(i: int):
-        def leave(module: nn.Module, given: tuple, made: Any) -> None:
-            if i in recorder.keep_inputs and given:
-                recorder.inputs[i] = given[0].detach() if recorder.detach else given[0]
+        def leave(module: nn.Module, given: tuple, named: dict[str, Any], made: Any) -> None:
+            if i in recorder.keep_inputs:
+                stream = next(t for t in (*given, *named.values()) if isinstance(t, Tensor))
+                recorder.inputs[i] = stream.detach() if recorder.detach else stream
             if i in recorder.keep_hidden:
                 tensor = made[0] if isinstance(made, tuple) else made
                 recorder.hidden[i] = tensor.detach() if recorder.detach else tensor
 
         return leave
 
-    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(view(model).layers)]
+    handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(view(model).layers)]
     try:
         return model(**batch)
     finally:

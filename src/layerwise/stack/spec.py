@@ -49,6 +49,8 @@ class LinearSpec:
     def __post_init__(self) -> None:
         if self.kind == "lora" and (self.rank is None or self.rank < 1):
             raise BadInput(f"a lora linear needs rank >= 1; rank is {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
 
 
 @dataclass(frozen=True)

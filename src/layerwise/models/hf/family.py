@@ -142,9 +142,16 @@ class Family:
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, Tensor]:
-    """The tensors of a model of this description, without values."""
-    with torch.device("meta"):
-        return Model(spec).state_dict()
+    """The tensors of a model of this description, without values.
+
+    Raises:
+        BadInput: its sizes are beyond what a tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return Model(spec).state_dict()
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise BadInput(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from error
 
 
 def _applied(rule: Rule, i: int, heads: int, shapes: Mapping[str, Tensor]) -> list[Pair]:

@@ -9,20 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of, stack_of
+from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of, stack_of, tokens_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
-from layerwise.models.spec import ModelSpec
+from layerwise.models.spec import ModelSpec, model_spec, spec_data
 from layerwise.table import lookup, nearest
 
 SHARD_BYTES = 5_000_000_000
+MOST_LAYERS = 10_000
+"""A config that asks for more is damaged; building what it describes would take for ever."""
 
 
 def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
@@ -38,30 +41,11 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     folder = Path(folder)
     config = _config(folder)
     family, spec = _described(folder, config)
-    theirs = _renamed(family, read_tensors(folder, str(device)), spec)
-    shapes = shapes_of(spec)
-    pairs = family.pairs(spec, shapes)
-    if is_tied(spec) and _has_a_head_of_its_own(family, pairs, theirs):
-        # As transformers does: two different matrices are not tied, whatever the config says.
-        assert spec.head is not None
-        spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, tie=False))
-        shapes = shapes_of(spec)
-        pairs = family.pairs(spec, shapes)
-    ours: dict[str, Tensor] = {}
-    missing: list[str] = []
-    for pair in pairs:
-        there = [theirs.pop(name) for name in (pair.theirs, *pair.also) if name in theirs]
-        if not there:
-            missing.append(pair.theirs)
-            continue
-        if any(not torch.equal(there[0], other) for other in there[1:]):
-            raise BadInput(f"{folder}: {pair.theirs} and {', '.join(pair.also)} are one tensor in a {family.name}; here they differ")
-        ours |= pair.unpack(there[0], shapes)
-    unused = {name for pair in pairs for name in pair.unused}
-    carried = {n: t.to("cpu") for n, t in theirs.items() if n in unused or n.startswith(family.carried or ("\0",))}
-    extra = [n for n in theirs if n not in carried and not n.endswith(family.ignored or ("\0",))]
-    if missing or extra:
-        raise BadInput(f"{folder} does not fit its config: missing {some(missing)}, unexpected {some(extra)}")
+    theirs = read_tensors(folder, str(device))
+    try:
+        spec, ours, carried = _ours(family, spec, _renamed(family, theirs, spec))
+    except BadInput as error:
+        raise BadInput(f"{folder} does not fit its config: {error}") from error
     model = assemble(spec, ours, dict(family.shared), dtype, folder)
     return with_origin(model, Origin(config, _generation(folder), carried))
 
@@ -142,6 +126,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not a model's config: {error}") from error
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
+    deep = [key for key, value in config.items() if "layer" in key and isinstance(value, int) and value > MOST_LAYERS]
+    if deep:
+        raise BadInput(f"{path}: {deep[0]} is {config[deep[0]]}; at most {MOST_LAYERS} layers are read")
     if config.get("quantization_config"):
         raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
     return config
@@ -151,9 +138,17 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
     family: Family = lookup(FAMILIES, config["model_type"], "family")
     path = folder / "config.json"
     try:
-        return family, family.read(config, _has_head(family, folder, config))
+        spec = family.read(config, _has_head(family, folder, config))
+        # Numbers that are none, or not whole, are found here and not inside a module that is built from them.
+        spec = model_spec(spec_data(spec))
+        if tokens_of(spec).vocab is None:
+            raise BadInput("config.json: vocab_size is missing")
+        return family, spec
     except BadInput as error:
         raise BadInput(f"{folder}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise BadInput(f"{path} is not a model's config: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError, IndexError) as error:
         raise BadInput(f"{path} lacks or garbles {error}") from error
 
@@ -186,6 +181,38 @@ def _renamed(family: Family, tensors: dict[str, Tensor], spec: ModelSpec) -> dic
             name = longer
         found[name] = tensor
     return found
+
+
+def _ours(family: Family, spec: ModelSpec, theirs: dict[str, Tensor]) -> tuple[ModelSpec, dict[str, Tensor], dict[str, Tensor]]:
+    """The description that the tensors show, our tensors, and those that are carried along.
+
+    Raises:
+        BadInput: a tensor is missing, left over, of another shape, or differs from one that it should be.
+    """
+    shapes = shapes_of(spec)
+    pairs = family.pairs(spec, shapes)
+    if is_tied(spec) and _has_a_head_of_its_own(family, pairs, theirs):
+        # As transformers does: two different matrices are not tied, whatever the config says.
+        assert spec.head is not None
+        spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, tie=False))
+        shapes = shapes_of(spec)
+        pairs = family.pairs(spec, shapes)
+    ours: dict[str, Tensor] = {}
+    missing: list[str] = []
+    for pair in pairs:
+        there = [theirs.pop(name) for name in (pair.theirs, *pair.also) if name in theirs]
+        if not there:
+            missing.append(pair.theirs)
+            continue
+        if any(not torch.equal(there[0], other) for other in there[1:]):
+            raise BadInput(f"{pair.theirs} and {', '.join(pair.also)} are one tensor in a {family.name}; here they differ")
+        ours |= pair.unpack(there[0], shapes)
+    unused = {name for pair in pairs for name in pair.unused}
+    carried = {n: t.to("cpu") for n, t in theirs.items() if n in unused or n.startswith(family.carried or ("\0",))}
+    extra = [n for n in theirs if n not in carried and not n.endswith(family.ignored or ("\0",))]
+    if missing or extra:
+        raise BadInput(f"missing {some(missing)}, unexpected {some(extra)}")
+    return spec, ours, carried
 
 
 def _has_a_head_of_its_own(family: Family, pairs: list[Pair], theirs: Mapping[str, Tensor]) -> bool:

@@ -76,7 +76,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _gated(spec: ModelSpec) -> bool:
-    return stack_of(spec).layers[0].gated
+    return any(layer.gated for layer in stack_of(spec).layers)
 
 
 def _ungated(spec: ModelSpec) -> bool:

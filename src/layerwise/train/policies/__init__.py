@@ -1,0 +1,12 @@
+"""What acts on a training run from outside, at a few named moments; see `layerwise.train.policies.policy`."""
+
+from layerwise.train.policies.policy import Policy
+
+POLICIES = {
+    "freeze": "layerwise.train.policies.freeze:Freeze",
+    "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
+    "layer-dropout": "layerwise.train.policies.layer_dropout:LayerDropout",
+    "rotation": "layerwise.train.policies.rotation:Rotation",
+}
+
+__all__ = ["POLICIES", "Policy"]

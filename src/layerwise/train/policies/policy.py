@@ -1,0 +1,46 @@
+"""What acts on a training run from outside, at a few named moments.
+
+    start(run)           the model and objective stand; the optimizer is made after it, so what is frozen here is left out
+    before_step(run)     before a step's first forward
+    after_backward(run)  all gradients of the step are there, not yet clipped
+    after_step(run)      the weights have moved; run.step counts this step already
+    end(run)             after the last step
+
+A policy may also hand out `around` callables, which wrap every layer's call, keep tensors that belong in a checkpoint
+(`state`), and leave `findings` in the stage's result.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from layerwise.analyze.findings import Findings
+from layerwise.stack.context import Around
+
+if TYPE_CHECKING:
+    from layerwise.train.loop import Run
+
+
+class Policy:
+    """A policy that does nothing; the real ones override what they need."""
+
+    around: tuple[Around, ...] = ()
+
+    def start(self, run: Run) -> None: ...
+    def before_step(self, run: Run) -> None: ...
+    def after_backward(self, run: Run) -> None: ...
+    def after_step(self, run: Run) -> None: ...
+    def end(self, run: Run) -> None: ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that a resumed run needs back."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+
+    def findings(self) -> Findings | None:
+        """What the policy saw, for the stage's result."""
+        return None
