@@ -30,11 +30,13 @@ class Origin:
     Attributes:
         config: its config, whole. generation: its generation settings.
         carried: tensors that our model has no use for (BERT's pooler), by their names there.
+        sidecars: text of small files that other libraries read beside it (`layerwise.models.hf.sidecars`), by name.
     """
 
     config: dict[str, Any]
     generation: dict[str, Any] = field(default_factory=dict)
     carried: dict[str, Tensor] = field(default_factory=dict)
+    sidecars: dict[str, str] = field(default_factory=dict)
 
 
 def origin_of(model: Model) -> Origin | None:
@@ -67,7 +69,7 @@ def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:
     data: dict[str, Any] = {"format": FORMAT, "spec": spec_data(model.spec), "shared": shared}
     origin = origin_of(model)
     if origin is not None:
-        data["origin"] = {"config": origin.config, "generation": origin.generation}
+        data["origin"] = {"config": origin.config, "generation": origin.generation, "sidecars": origin.sidecars}
     with whole_folder(folder) as temporary:
         write_json(temporary / DESCRIPTION, data)
         save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
@@ -98,7 +100,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     if kept is None:
         return model
     carried = read_file(folder / CARRIED, "cpu") if (folder / CARRIED).is_file() else {}
-    return with_origin(model, Origin(kept["config"], kept["generation"], carried))
+    return with_origin(model, Origin(kept["config"], kept["generation"], carried, kept.get("sidecars", {})))
 
 
 def read_file(path: Path, device: str) -> dict[str, Tensor]:

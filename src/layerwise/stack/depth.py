@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
+from layerwise.stack.path import run_path
 from layerwise.stack.stack import Stack
 
 LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
@@ -28,6 +31,19 @@ class View:
     @property
     def depth(self) -> int:
         return len(self.layers)
+
+    def run(self, batch: Mapping[str, Any], *, path: Sequence[int] | None = None) -> Any:
+        """What the network makes of `batch`; with a `path`, its layers run in that order (skipped, repeated).
+
+        Args:
+            batch: the network's keyword arguments; for layerwise models the batch itself.
+
+        Raises:
+            BadInput: its layers cannot run in another order; the message says why.
+        """
+        if any(isinstance(part, Stack) for part in self.module.modules()):
+            return self.module(batch, path=path)
+        return self.module(**batch) if path is None else run_path(self.module, self.layers, batch, path)
 
     def depth_of(self) -> dict[str, int]:
         """Parameter name -> depth: -1 before the first layer, i inside layer i, `depth` after the last."""

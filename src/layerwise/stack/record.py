@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput
 from layerwise.stack.context import Call, Context
 from layerwise.stack.depth import view
+from layerwise.stack.path import stream_of
 from layerwise.stack.stack import Stack
 
 Which = Sequence[int] | Literal["all"]
@@ -100,7 +101,7 @@ def _hooked(model: nn.Module, batch: Mapping[str, Any], recorder: Recorder) -> A
     def hook(i: int):
         def leave(module: nn.Module, given: tuple, named: dict[str, Any], made: Any) -> None:
             if i in recorder.keep_inputs:
-                stream = next(t for t in (*given, *named.values()) if isinstance(t, Tensor))
+                stream = stream_of(given, named)
                 recorder.inputs[i] = stream.detach() if recorder.detach else stream
             if i in recorder.keep_hidden:
                 tensor = made[0] if isinstance(made, tuple) else made

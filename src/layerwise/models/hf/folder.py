@@ -18,6 +18,7 @@ from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pick
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of, stack_of, tokens_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
+from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
@@ -47,7 +48,7 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     except BadInput as error:
         raise BadInput(f"{folder} does not fit its config: {error}") from error
     model = assemble(spec, ours, dict(family.shared), dtype, folder)
-    return with_origin(model, Origin(config, _generation(folder), carried))
+    return with_origin(model, Origin(config, _generation(folder), carried, read_sidecars(folder)))
 
 
 def read_config(folder: Path) -> tuple[Family, ModelSpec]:
@@ -92,7 +93,8 @@ def export_hf(
         origin = None
     tensors = _theirs(family, model)
     architecture = _architecture(family, model.spec, origin)
-    if origin is not None and _same_width(family, model.spec, origin):
+    same_width = origin is not None and _same_width(family, model.spec, origin)
+    if origin is not None and same_width:
         tensors |= origin.carried
     if architecture == family.base[0]:
         tensors = {n.removeprefix(family.prefix): t for n, t in tensors.items()}
@@ -108,6 +110,8 @@ def export_hf(
     with whole_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(temporary, tensors, shard_bytes)
+        if origin is not None and same_width:
+            write_sidecars(temporary, origin.sidecars)
         if model.causal and model.spec.head is not None:
             ids = {k: v for k, v in config.items() if k.endswith("_token_id") and v is not None}
             write_json(temporary / "generation_config.json", ids | (origin.generation if origin is not None else {}))

