@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-import torch
 
-from layerwise.models.hf import export_hf, import_hf
 from layerwise.models.checkpoint import load, save
+from layerwise.models.hf import export_hf, import_hf
 
 SENTENCES = ["The nearest relative of the crow is the jay.", "Layers that turn the stream least can go.", "1 2 3"]
 

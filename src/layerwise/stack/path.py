@@ -135,7 +135,9 @@ def _check_chain(seen: list[Call], depth: int) -> None:
     for below, above in zip(seen, seen[1:], strict=False):
         where = f"between layers {below.layer} and {above.layer}"
         if above.stream is not below.out:
-            raise BadInput(f"something stands {where} (another stack, a change of resolution): only a single chain of layers runs along a path")
+            raise BadInput(
+                f"something stands {where} (another stack, a change of resolution): only a single chain of layers runs along a path"
+            )
         extras = [t for t in (below.made[1:] if isinstance(below.made, tuple) else ()) if isinstance(t, Tensor)]
         given = [*above.args, *above.kwargs.values()]
         if any(e is g for e in extras for g in given):
