@@ -18,6 +18,7 @@ from layerwise.edit.adapt import Role
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
+from layerwise.jobs.references import check_references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.models.hf import family_for
 from layerwise.models.load import described
@@ -92,9 +93,10 @@ def _rehearsed(plan: Plan) -> Iterator[Stage]:
     spec = _starting_spec(plan)
     _check_parts(spec)
     _match_data(spec, plan)
-    for stage in plan.stages:
+    for i, stage in enumerate(plan.stages):
         with _prefixed(f"stages.{stage.name}: "):
             _check_head(stage, spec, plan)
+            check_references(stage, plan.stages[:i])
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
             elif isinstance(stage.spec, Export):

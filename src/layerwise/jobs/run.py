@@ -26,6 +26,7 @@ from layerwise.jobs.console import Progression
 from layerwise.jobs.journal import Journal, claimed
 from layerwise.jobs.meter import metered
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
+from layerwise.jobs.references import contents, resolved
 from layerwise.jobs.schema import Job, Plan, Stage, read_job
 from layerwise.jobs.stages import run_stage
 from layerwise.jobs.yamlfile import read_yaml
@@ -97,6 +98,7 @@ class _Arm:
 
     key: str
     make: Callable[[], Model]
+    models: dict[str, Path] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
     peak_bytes: int = 0
@@ -189,7 +191,7 @@ class _Runner:
         arm = self._start(plan, data, seed)
         for stage in plan.stages:
             title = f"{plan.variant} seed {seed}: {stage.name}"
-            key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine()])
+            key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine(), *contents(stage)])
             labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
             result = self.cache.find(key) if stage.kind != "export" else None
             reused = result is not None
@@ -200,6 +202,7 @@ class _Runner:
                 self._replay(result.curve, plan.variant, seed, stage.name)
             if result.model is not None:
                 arm.key, arm.make = key, partial(load, result.model, device=self.device)
+                arm.models[stage.name] = result.model
             for metric, value in result.findings.get("metrics", {}).items():
                 # The plain name is the latest stage's; `stage.metric` tells stages apart that measure the same.
                 arm.metrics |= {metric: value, f"{stage.name}.{metric}": value}
@@ -233,7 +236,7 @@ class _Runner:
         try:
             with metered(torch.device(self.device)) as meter:
                 model, result = run_stage(
-                    stage, arm.make(), data, seed, self.device,
+                    resolved(stage, arm.models), arm.make(), data, seed, self.device,
                     checkpoints=checkpoints, exports=self.out / "exports" / place, listener=listener,
                 )  # fmt: skip
         finally:

@@ -4,4 +4,6 @@ OBJECTIVES = {
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "classification": "layerwise.objectives.classification:Classification",
+    "hidden-distillation": "layerwise.objectives.distill:HiddenDistillation",
+    "logit-distillation": "layerwise.objectives.distill:LogitDistillation",
 }

@@ -1,0 +1,60 @@
+"""Options that name a model: `teacher: stage:whole` is the model as stage `whole` left it, anything else a checkpoint's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from layerwise.errors import BadInput
+from layerwise.files import sha256
+from layerwise.jobs.schema import Stage
+from layerwise.models.load import described
+from layerwise.table import nearest
+from layerwise.train.spec import TrainSpec
+
+MODELS = ("teacher", "other")
+"""Options that hold a model, in whatever objective, edit or analysis has one of these names."""
+STAGE = "stage:"
+
+
+def references(stage: Stage) -> dict[str, str]:
+    """Option -> what it refers to, for a stage's options that name a model."""
+    options = stage.spec.options if isinstance(stage.spec, TrainSpec) else stage.options
+    return {name: str(options[name]) for name in MODELS if options.get(name) is not None}
+
+
+def check_references(stage: Stage, earlier: Sequence[Stage]) -> None:
+    """Refuse a reference to a stage that leaves no model before this one, or to a folder that holds none.
+
+    Raises:
+        BadInput: as said; the message lists what could be named.
+    """
+    leave = [s.name for s in earlier if s.changes_model]
+    for name, what in references(stage).items():
+        if what.startswith(STAGE):
+            if (wanted := what.removeprefix(STAGE)) not in leave:
+                raise BadInput(
+                    f"{name}: no earlier stage '{wanted}' leaves a model.{nearest(wanted, leave)} Stages that do: {', '.join(leave) or 'none'}."
+                )
+        elif not Path(what).is_dir():
+            raise BadInput(f"{name}: there is no folder {what}; give a checkpoint's folder, or stage:NAME for the model as a stage left it")
+        else:
+            described(Path(what))
+
+
+def resolved(stage: Stage, models: Mapping[str, Path]) -> Stage:
+    """The stage with folders in place of names of stages; `models` has the folder that every earlier stage left its model in."""
+    found = {name: str(models[what.removeprefix(STAGE)]) for name, what in references(stage).items() if what.startswith(STAGE)}
+    if not found:
+        return stage
+    if isinstance(stage.spec, TrainSpec):
+        return dataclasses.replace(stage, spec=dataclasses.replace(stage.spec, options={**stage.spec.options, **found}))
+    return dataclasses.replace(stage, options={**stage.options, **found})
+
+
+def contents(stage: Stage) -> list[Any]:
+    """Digests of the folders that a stage names: its result depends on what is in them. (A stage's model is in the cache key already.)"""
+    folders = [Path(what) for what in references(stage).values() if not what.startswith(STAGE)]
+    return [sha256(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
