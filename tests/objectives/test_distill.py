@@ -28,7 +28,14 @@ def _mask():
     return mask
 
 
-@pytest.mark.parametrize("objective", [lambda f: HiddenDistillation(teacher=f, pairs={0: 0, -1: -1}), lambda f: HiddenDistillation(teacher=f, distance="cosine"), lambda f: LogitDistillation(teacher=f, temperature=2.0)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda f: HiddenDistillation(teacher=f, pairs={0: 0, -1: -1}),
+        lambda f: HiddenDistillation(teacher=f, distance="cosine"),
+        lambda f: LogitDistillation(teacher=f, temperature=2.0),
+    ],
+)
 def test_a_model_has_nothing_to_learn_from_itself(objective, tmp_path):
     model = _decoder(0)
     loss = objective(str(save(model, tmp_path / "teacher")))(model, {"input_ids": IDS, "attention_mask": _mask()})
@@ -60,7 +67,10 @@ def test_other_shapes_are_refused(tmp_path):
 
 
 def test_a_student_comes_to_agree_with_its_teacher(text, tmp_path):
-    data = preset("decoder") | {"stack": {"depth": 2, "width": 16, "layer": preset("decoder")["stack"]["layer"]}, "embedding": {"vocab": text.vocab}}
+    data = preset("decoder") | {
+        "stack": {"depth": 2, "width": 16, "layer": preset("decoder")["stack"]["layer"]},
+        "embedding": {"vocab": text.vocab},
+    }
     teacher, student = build(model_spec(data), 1), build(model_spec(data), 0)
     folder = str(save(teacher, tmp_path / "teacher"))
     spec = TrainSpec("logit-distillation", steps=1, batch=8, options={"teacher": folder})
@@ -100,7 +110,12 @@ def test_another_model_in_the_teachers_folder_is_another_result(verses, tmp_path
     job = _job(verses, "stage:whole")
     run(job, tmp_path / "first")
     for seed, out in ((1, "a"), (2, "b")):
-        model = build(model_spec({**preset("decoder"), "stack": {**preset("decoder")["stack"], "depth": 3, "width": 16}, "embedding": {"vocab": 261}}), seed)
+        model = build(
+            model_spec(
+                {**preset("decoder"), "stack": {**preset("decoder")["stack"], "depth": 3, "width": 16}, "embedding": {"vocab": 261}}
+            ),
+            seed,
+        )
         save(model, folder)
         run(_job(verses, str(folder)), tmp_path / out)
     lines = [(tmp_path / out / "events.jsonl").read_text().splitlines() for out in ("a", "b")]
