@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,12 +46,12 @@ def write_json(path: Path, value: Any) -> Path:
 def whole_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that becomes `target`, with checksums of its files, when the block ends without an error.
 
-    An older `target` is moved aside and removed only once the new one stands.
+    An older `target` stands until the new one takes its place, in one step where the system has one for that. What a killed
+    process left unfinished beside `target` is cleared away.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    mark = uuid.uuid4().hex[:8]
-    temporary = target.with_name(f".{target.name}.new-{mark}")
-    temporary.mkdir()
+    _sweep(target.parent)
+    temporary, lock = _temporary(target)
     try:
         yield temporary
         listing = temporary / CHECKSUMS
@@ -57,20 +60,66 @@ def whole_folder(target: Path) -> Iterator[Path]:
         )
         for path in (*temporary.rglob("*"), temporary):
             _sync(path)
-        aside = target.with_name(f".{target.name}.old-{mark}")
-        if target.exists():
-            target.rename(aside)
+        _put_in_place(temporary, target)
+        _sync(target.parent)
+    finally:
+        # Unfinished, or what stood at `target` before.
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def _temporary(target: Path) -> tuple[Path, int]:
+    """A new folder beside `target`, locked as long as this process lives and does not close the handle."""
+    while True:
+        folder = target.with_name(f".{target.name}.new-{uuid.uuid4().hex[:8]}")
+        folder.mkdir()
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        with contextlib.suppress(OSError):  # without locks nobody sweeps either
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)  # swept before it was locked
+
+
+def _sweep(parent: Path) -> None:
+    """Remove unfinished folders whose process is gone: its lock went with it."""
+    for folder in parent.glob(".*.new-*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """`temporary` under the name `target`; what stood there is under the name `temporary` afterwards, or gone."""
+    if not target.exists():
+        temporary.rename(target)
+    elif not _exchange(temporary, target):
+        aside = temporary.with_name(temporary.name.replace(".new-", ".old-"))
+        target.rename(aside)
         try:
             temporary.rename(target)
         except BaseException:
-            if aside.exists():
-                aside.rename(target)
+            aside.rename(target)
             raise
-        _sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system (or the file system) cannot."""
+    libc, names = ctypes.CDLL(None), (os.fsencode(one.absolute()), os.fsencode(other.absolute()))
+    try:
+        if sys.platform == "darwin":
+            return libc.renamex_np(*names, 2) == 0  # RENAME_SWAP
+        return libc.renameat2(-100, names[0], -100, names[1], 2) == 0  # AT_FDCWD, RENAME_EXCHANGE
+    except AttributeError:
+        return False
 
 
 def check_folder(folder: Path) -> None:
@@ -84,10 +133,12 @@ def check_folder(folder: Path) -> None:
         expected = json.loads(listing.read_text())
         if not isinstance(expected, dict) or not expected:
             raise ValueError("it names no file")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{folder} is not a whole checkpoint: {CHECKSUMS} is missing or unreadable") from error
     for name, digest in expected.items():
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise BadInput(f"{folder} is damaged: {CHECKSUMS} names a file outside it: {name}")
         if not path.is_file():
             raise BadInput(f"{folder} is damaged: {name} is missing")
         if sha256(path) != digest:

@@ -118,6 +118,7 @@ def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pa
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refused)
+    monkeypatch.setattr("layerwise.files._exchange", lambda one, other: False)
     with pytest.raises(OSError, match="refused"):
         _made(made, "new")
     assert (made / "a").read_text() == "old" and _names(tmp_path) == ["x"]
@@ -244,7 +245,7 @@ def test_a_crash_while_saving_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     def crash(*_, **__):
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", crash)
+    monkeypatch.setattr(checkpoint, "save_tensors", crash)
     with pytest.raises(OSError, match="no space"):
         save(_model(seed=2), folder)
     assert torch.equal(load(folder).head.weight, old.head.weight) and _names(tmp_path) == ["m"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -65,8 +65,8 @@ class StageCache:
     def __init__(self, root: Path) -> None:
         self.root = root / "stages"
 
-    def find(self, key: str) -> Result | None:
-        """The result kept under `key`, or None."""
+    def find(self, key: str, say: Callable[[str], None] = lambda message: None) -> Result | None:
+        """The result kept under `key`, or None; a damaged one is named to `say`."""
         folder = self.root / key
         if not folder.is_dir():
             return None
@@ -75,7 +75,8 @@ class StageCache:
             kept = json.loads((folder / "result.json").read_text())
             model = folder / "model"
             return Result(**kept, model=model if model.is_dir() else None)
-        except (BadInput, OSError, ValueError, TypeError, AttributeError):
+        except (BadInput, OSError, ValueError, TypeError, AttributeError) as error:
+            say(f"{error}; made anew")
             return None
 
     @contextmanager

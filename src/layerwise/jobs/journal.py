@@ -6,12 +6,16 @@ import datetime
 import fcntl
 import json
 import math
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from layerwise.errors import BadInput
+
+LOCK = ".lock"
 
 
 class Journal:
@@ -44,8 +48,12 @@ class Journal:
         return [lines[step] for step in sorted(lines)]
 
     def _append(self, name: str, value: dict[str, Any]) -> None:
-        with (self.run / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(value, allow_nan=False, default=str) + "\n")
+        path = self.run / name
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(value, allow_nan=False, default=str) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -70,14 +78,26 @@ def _end_torn_line(path: Path) -> None:
 
 @contextmanager
 def claimed(run: Path) -> Iterator[None]:
-    """The run folder for this process alone.
+    """The run folder for this process alone. The lock is the system's, so that of a process that died is open at once.
 
     Raises:
-        BadInput: another process is working in it.
+        BadInput: another process is working in it (named), or the folder cannot be written.
     """
-    with (run / ".lock").open("w") as lock:
+    try:
+        lock = os.fdopen(os.open(run / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        raise BadInput(f"{run} cannot be written: {error.strerror}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            who = lock.read(80).strip()
+            raise BadInput(
+                f"another process is working in {run}{f' ({who})' if who else ''}: wait for it, or choose another folder with --out"
+            ) from error
         except OSError as error:
-            raise BadInput(f"another process is working in {run}: wait for it, or choose another folder with --out") from error
+            raise BadInput(f"{run} cannot be locked ({error.strerror}): choose a folder on a file system that has locks") from error
+        lock.truncate()
+        lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        lock.flush()
         yield

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,12 +20,12 @@ from layerwise.analyze.cost import size
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
 from layerwise.embed.spec import PixelSpec, TokenSpec
-from layerwise.errors import BadInput, Diverged
-from layerwise.files import digest, sha256, whole_folder, write_file, write_json
+from layerwise.errors import BadInput, Diverged, LayerwiseError
+from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
 from layerwise.jobs.check import check_job
 from layerwise.jobs.console import Progression
-from layerwise.jobs.journal import Journal, claimed
+from layerwise.jobs.journal import LOCK, Journal, claimed, read_lines
 from layerwise.jobs.meter import metered
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
 from layerwise.jobs.references import contents, resolved
@@ -69,7 +71,7 @@ def _check_new(out: Path) -> None:
         raise BadInput(f"{standing} is a file: choose a folder that is new or empty with --out")
     if not os.access(standing, os.W_OK):
         raise BadInput(f"{standing} cannot be written: choose another folder with --out")
-    if standing == out and any(out.iterdir()):
+    if standing == out and any(p.name != LOCK for p in out.iterdir()):
         what = "a run; go on with it by 'layerwise resume'" if (out / "job.yaml").is_file() else "files"
         raise BadInput(f"{out} holds {what}: choose a folder that is new or empty with --out")
 
@@ -82,14 +84,39 @@ def resume_run(run: Path, *, progression: Progression | None = None) -> Receipt:
     """
     if not (run / "job.yaml").is_file():
         raise BadInput(f"{run} holds no run (there is no job.yaml in it)")
+    _refuse_links(run)
     raw = read_yaml(run / "job.yaml")
     settings = raw.pop("run", None) or {}
+    if not isinstance(settings, dict):
+        raise BadInput(f"{run / 'job.yaml'}: run: a mapping with device and data_dir is expected; got {str(settings)[:80]!r}")
     job = read_job(raw)
-    data_dir = Path(settings["data_dir"]) if settings.get("data_dir") else None
+    data_dir = Path(str(settings["data_dir"])) if settings.get("data_dir") else None
     device = str(settings.get("device", "cpu"))
     plans = check_job(job, data_dir=data_dir, device=device)
     with claimed(run):
         return _Runner(job, plans, run, data_dir, device, progression or Progression()).run("run-resumed")
+
+
+def _refuse_links(run: Path) -> None:
+    """Refuse a run folder with symbolic links: through one, a run that came from elsewhere would write outside its folder."""
+    for path in sorted(run.rglob("*")):
+        if path.is_symlink():
+            raise BadInput(f"{path} is a symbolic link; a run folder has none: replace it by what it leads to")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Where two pieces of plain data differ, as `a.b: 1 -> 2`."""
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))]
+    return [f"{path}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass
@@ -121,7 +148,8 @@ class _Listener(Listener):
             tracker.log({k: v for k, v in values.items() if k != "step"}, step=int(values["step"]))
 
     def say(self, message: str) -> None:
-        self.runner.progression.say(f"  {message}")
+        self.runner.journal.event("remark", message=message)
+        self.runner._remark(message)
 
     def close(self) -> None:
         for tracker in self.trackers:
@@ -138,38 +166,63 @@ class _Runner:
         self.data: dict[str, Data] = {}
 
     def run(self, event: str) -> Receipt:
-        job = self.job
-        self.journal.event(event, job=job.name, scale=job.scale)
-        variants = {name: Variant() for name in self.plans}
-        metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.plans}
-        spent: dict[str, list[float]] = {name: [] for name in self.plans}
+        """Everything from the first stage to the report.
+
+        Raises:
+            LayerwiseError: a stage failed, or a file could not be written (no room); what was finished is kept.
+        """
         try:
-            for seed in job.seeds:
-                for name, plan in self.plans.items():
-                    try:
-                        arm = self._arm(plan, seed)
-                    except Diverged as error:
-                        if job.on_divergence == "stop":
-                            raise
-                        self.progression.end(f"  {error}")
-                        variants[name].diverged.append(seed)
-                        continue
-                    for metric, value in arm.metrics.items():
-                        if "." in metric:
-                            metrics[name].setdefault(metric, {})[str(seed)] = value
-                    if job.claim is not None:
-                        variants[name].values[str(seed)] = self._claimed(arm, job.claim.metric, name)
-                    spent[name].append(arm.seconds)
-                    variants[name].params = arm.params
-                    variants[name].peak_bytes = max(variants[name].peak_bytes, arm.peak_bytes)
+            return self._run(event)
         except KeyboardInterrupt:
             self.progression.end("")
-            self.journal.event("run-stopped")
+            self._last_event("run-stopped")
             raise
         except BaseException as error:
             self.progression.end("")
-            self.journal.event("stage-failed", message=f"{type(error).__name__}: {error}")
+            unforeseen = {} if isinstance(error, LayerwiseError | OSError) else {"trace": traceback.format_exc()}
+            self._last_event("stage-failed", message=f"{type(error).__name__}: {error}", **unforeseen)
+            if isinstance(error, OSError) and not isinstance(error, LayerwiseError):
+                raise LayerwiseError(f"{error}; what was finished is kept, 'layerwise resume {self.out}' goes on") from error
             raise
+
+    def _last_event(self, event: str, **values: Any) -> None:
+        """The event that ends a run, if the disk still takes it."""
+        with contextlib.suppress(OSError):
+            self.journal.event(event, **values)
+
+    def _say_changes(self, job: dict[str, Any]) -> None:
+        """What was changed in the job file since it ran last."""
+        before = [line["content"] for line in read_lines(self.out / "events.jsonl") if isinstance(line.get("content"), dict)]
+        changes = _differences(before[-1], job) if before else []
+        if changes:
+            self.progression.say(f"  job.yaml was changed: {'; '.join(changes[:8])}{'; ...' if len(changes) > 8 else ''}")
+
+    def _run(self, event: str) -> Receipt:
+        job = self.job
+        content = job.model_dump(mode="json")
+        self._say_changes(content)
+        self.journal.event(event, job=job.name, scale=job.scale, content=content)
+        variants = {name: Variant() for name in self.plans}
+        metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.plans}
+        spent: dict[str, list[float]] = {name: [] for name in self.plans}
+        for seed in job.seeds:
+            for name, plan in self.plans.items():
+                try:
+                    arm = self._arm(plan, seed)
+                except Diverged as error:
+                    if job.on_divergence == "stop":
+                        raise
+                    self.progression.end(f"  {error}")
+                    variants[name].diverged.append(seed)
+                    continue
+                for metric, value in arm.metrics.items():
+                    if "." in metric:
+                        metrics[name].setdefault(metric, {})[str(seed)] = value
+                if job.claim is not None:
+                    variants[name].values[str(seed)] = self._claimed(arm, job.claim.metric, name)
+                spent[name].append(arm.seconds)
+                variants[name].params = arm.params
+                variants[name].peak_bytes = max(variants[name].peak_bytes, arm.peak_bytes)
         for name, seconds in spent.items():
             variants[name].seconds = round(sum(seconds) / max(len(seconds), 1), 3)
         sources = {s["name"]: s for data in self.data.values() for s in data.sources}
@@ -193,7 +246,7 @@ class _Runner:
             title = f"{plan.variant} seed {seed}: {stage.name}"
             key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine(), *contents(stage)])
             labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
-            result = self.cache.find(key) if stage.kind != "export" else None
+            result = self.cache.find(key, self._remark) if stage.kind != "export" else None
             reused = result is not None
             if result is None:
                 self.journal.event("stage-started", **labels)
@@ -216,6 +269,9 @@ class _Runner:
             self.progression.end(f"  {title} ({stage.kind}){_spoken(result)}{'  reused' if reused else f'  {result.seconds:.1f} s'}")
         self._keep_model(plan, seed, arm)
         return arm
+
+    def _remark(self, message: str) -> None:
+        self.progression.say(f"  {message}")
 
     def _replay(self, curve: list[dict[str, Any]], variant: str, seed: int, stage: str) -> None:
         """The training values of a reused stage, to the journal and the trackers, as if it had run."""
@@ -279,9 +335,18 @@ class _Runner:
             return
         target = self.out / "models" / plan.variant / f"seed-{seed}"
         source = self.cache.root / arm.key / "model"
-        if not target.is_dir() and source.is_dir():
+        if source.is_dir() and not _same(source, target):
             with whole_folder(target) as folder:
                 shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+def _same(source: Path, target: Path) -> bool:
+    """Whether a folder is whole and has the content that another one's checksums say."""
+    try:
+        check_folder(target)
+        return (source / CHECKSUMS).read_text() == (target / CHECKSUMS).read_text()
+    except (BadInput, OSError):
+        return False
 
 
 def filled(spec: ModelSpec, data: Data) -> ModelSpec:

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import check_folder, whole_folder, write_file, write_json
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
+from layerwise.safetensor import load_tensors, save_tensors
 
 FORMAT = 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -72,9 +71,9 @@ def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:
         data["origin"] = {"config": origin.config, "generation": origin.generation, "sidecars": origin.sidecars}
     with whole_folder(folder) as temporary:
         write_json(temporary / DESCRIPTION, data)
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        save_tensors(temporary / TENSORS, tensors)
         if origin is not None and origin.carried:
-            save_file({n: t.detach().cpu().contiguous() for n, t in origin.carried.items()}, temporary / CARRIED, metadata={"format": "pt"})
+            save_tensors(temporary / CARRIED, origin.carried)
         if tokenizer is not None:
             write_file(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
     return folder
@@ -95,25 +94,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         raise BadInput(f"{folder} holds no layerwise checkpoint (no model.json) and no Hugging Face one (no config.json)")
     check_folder(folder)
     spec, shared = description(folder / DESCRIPTION)
-    model = assemble(spec, read_file(folder / TENSORS, str(device)), shared, dtype, folder)
+    model = assemble(spec, load_tensors(folder / TENSORS, str(device)), shared, dtype, folder)
     kept = json.loads((folder / DESCRIPTION).read_text()).get("origin")
     if kept is None:
         return model
-    carried = read_file(folder / CARRIED, "cpu") if (folder / CARRIED).is_file() else {}
+    carried = load_tensors(folder / CARRIED) if (folder / CARRIED).is_file() else {}
     return with_origin(model, Origin(kept["config"], kept["generation"], carried, kept.get("sidecars", {})))
-
-
-def read_file(path: Path, device: str) -> dict[str, Tensor]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        BadInput: it is missing or damaged.
-    """
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from error
 
 
 def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype | None, source: Path) -> Model:

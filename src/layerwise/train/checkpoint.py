@@ -9,21 +9,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from layerwise.errors import BadInput
+from layerwise.errors import BadInput, LayerwiseError
 from layerwise.files import check_folder, whole_folder, write_json
+from layerwise.safetensor import load_tensors, save_tensors
 
 KEPT = 2
+STATE = "state.safetensors"
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, Tensor], meta: dict[str, Any]) -> Path:
-    """Write the state after `step` steps to `folder/step-...`; the newest `KEPT` are kept."""
+    """Write the state after `step` steps to `folder/step-...`; the newest `KEPT` are kept.
+
+    Raises:
+        LayerwiseError: it could not be written (no room); those before it are untouched.
+    """
     target = folder / f"step-{step:09d}"
-    with whole_folder(target) as temporary:
-        save_file({name: t.detach().contiguous().cpu() for name, t in tensors.items()}, temporary / "state.safetensors")
-        write_json(temporary / "meta.json", {"step": step, **meta})
+    try:
+        with whole_folder(target) as temporary:
+            save_tensors(temporary / STATE, tensors)
+            write_json(temporary / "meta.json", {"step": step, **meta})
+    except OSError as error:
+        whole = [path.name for path in checkpoints(folder)]
+        kept = f"the checkpoint {whole[-1]} before it is whole" if whole else "there is none before it"
+        raise LayerwiseError(f"the checkpoint of step {step} could not be written ({error}); {kept}") from error
     for old in checkpoints(folder)[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -35,13 +45,14 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_state(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint whose checksums hold; damaged ones are named to `say` and passed over. None if there is none."""
-    for path in reversed(checkpoints(folder)):
+    """The newest checkpoint (by its step) whose checksums hold; damaged ones are named to `say` and passed over. None if there is none."""
+    found = checkpoints(folder)
+    for i, path in reversed(list(enumerate(found))):
         try:
             check_folder(path)
-            return load_file(path / "state.safetensors"), json.loads((path / "meta.json").read_text())
+            return load_tensors(path / STATE), json.loads((path / "meta.json").read_text())
         except (BadInput, OSError, ValueError) as error:
-            say(f"{error}; going back to the checkpoint before it")
+            say(f"{error}; " + (f"going back to the checkpoint before it, {found[i - 1].name}" if i else "no other is left: starting anew"))
     return None
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from layerwise.analyze.findings import Findings
 from layerwise.data.order import Order
-from layerwise.errors import Diverged
+from layerwise.errors import Diverged, LayerwiseError
 from layerwise.evaluate.batches import batches, inference
 from layerwise.objectives import OBJECTIVES
 from layerwise.objectives.loss import Loss
@@ -120,6 +120,7 @@ def train(
 
     Raises:
         Diverged: the loss or the gradient is not finite, or the loss has run away; the last good checkpoint stays.
+        LayerwiseError: a checkpoint could not be written, or another process of the run is gone.
         KeyboardInterrupt: Ctrl-C (or a polite kill), after a checkpoint was written.
     """
     listener = listener or Listener()
@@ -142,7 +143,7 @@ def train(
     if folder is not None:
         _resume(folder, run, step_module, policies, window)
     loop = _Loop(accelerator, wrapped, run, policies, window, folder, names)
-    with _polite_stop() as stop:
+    with _polite_stop() as stop, _told_of_lost_peers(loop.world):
         loop.run(stop)
     for policy in policies:
         policy.end(run)
@@ -344,6 +345,21 @@ def _resume(folder: Path, run: Run, module: nn.Module, policies: list[Policy], w
     run.step, run.seconds, run.tokens, run.pending = meta["step"], meta["seconds"], meta["tokens"], meta["pending"]
     vars(window).update(meta["window"])
     run.listener.say(f"continuing from step {run.step} of {run.total}")
+
+
+@contextlib.contextmanager
+def _told_of_lost_peers(world: int) -> Iterator[None]:
+    """What the communication library says when another process is gone, in words."""
+    try:
+        yield
+    except RuntimeError as error:
+        # Gloo's errors have no class of their own.
+        if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise LayerwiseError(
+            "another process of this run ended or cannot be reached; the run stops, its last checkpoint is kept: "
+            f"start all its processes again to go on ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 @contextlib.contextmanager

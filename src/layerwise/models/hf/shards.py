@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import write_json
-from layerwise.models.checkpoint import read_file
+from layerwise.safetensor import load_tensors, save_tensors, tensor_names
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -25,7 +23,7 @@ def read_tensors(folder: Path, device: str) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for path in _files(folder):
-        found |= read_file(path, device)
+        found |= load_tensors(path, device)
     return found
 
 
@@ -34,11 +32,7 @@ def read_names(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.is_file():
         return list(_weight_map(index))
-    try:
-        with safe_open(folder / WHOLE, framework="pt", device="cpu") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{folder / WHOLE} cannot be read: {error}") from error
+    return tensor_names(folder / WHOLE)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:
@@ -53,12 +47,12 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) ->
         shards[-1][name] = tensor
         size += here
     if len(shards) == 1:
-        save_file(tensors, folder / WHOLE, metadata={"format": "pt"})
+        save_tensors(folder / WHOLE, tensors)
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(folder / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
