@@ -38,7 +38,7 @@ def test_the_other_rank_ends_with_a_message_and_the_run_goes_on(verses: Path, tm
             if line.strip() == "step 12":
                 break
         ranks[victim].send_signal(signal.SIGKILL)
-        output, told = ranks[1 - victim].communicate(timeout=60)
+        _, told = ranks[1 - victim].communicate(timeout=60)
     finally:
         for process in ranks:
             process.kill()
