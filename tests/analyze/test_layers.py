@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerwise.analyze.attention import layer_entropies
-from layerwise.analyze.cost import ATTENTION, costs, size
+from layerwise.analyze.cost import FORMULAS, costs, size
 from layerwise.analyze.gradients import gradient_norms, variation
 from layerwise.analyze.overview import inspect
 from layerwise.analyze.rotation import cosine_distance, kernels_by_depth, rotation
@@ -80,7 +80,7 @@ def test_gradient_norms_equal_autograd_and_leave_no_gradient(model, text):
 def test_costs_add_up_to_the_whole_and_to_the_formula(model):
     batch = {"input_ids": torch.zeros(2, 10, dtype=torch.long)}
     table = costs(model, batch)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         _ = model(batch).logits
     assert sum(c.flops for c in table.values()) == counter.get_total_flops()
     assert sum(c.params for c in table.values()) == sum(p.numel() for p in model.parameters()) == size(model)["params"]

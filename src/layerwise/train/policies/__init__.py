@@ -6,6 +6,7 @@ POLICIES = {
     "freeze": "layerwise.train.policies.freeze:Freeze",
     "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
     "layer-dropout": "layerwise.train.policies.layer_dropout:LayerDropout",
+    "ledger": "layerwise.train.policies.ledger:Ledger",
     "rotation": "layerwise.train.policies.rotation:Rotation",
 }
 
