@@ -12,12 +12,14 @@ from layerwise.table import member
 EDITS = {
     "drop-layers": "layerwise.edit.drop:drop_layers",
     "lora": "layerwise.edit.adapt:lora",
+    "load-lora": "layerwise.edit.adapt:load_lora",
     "merge-lora": "layerwise.edit.adapt:merge_lora",
 }
 
 PREVIEWS = {
     "drop-layers": "layerwise.edit.drop:preview_drop",
     "lora": "layerwise.edit.adapt:preview_lora",
+    "load-lora": "layerwise.edit.adapt:preview_load",
     "merge-lora": "layerwise.edit.adapt:preview_merge",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,

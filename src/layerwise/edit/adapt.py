@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from layerwise.errors import BadInput
+from layerwise.models.hf.adapters import read_adapter, without_adapters
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
@@ -49,6 +51,47 @@ def lora(
     return new
 
 
+def load_lora(model: Model, *, folder: str, freeze: bool = True) -> Model:
+    """The model with the low-rank terms that the `peft` library left in a folder.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        freeze: everything but the low-rank terms stops being trained.
+
+    Raises:
+        BadInput: the folder holds no plain LoRA, or one for another model.
+    """
+    found = read_adapter(model, folder)
+    spec = model.spec
+    for side in ("stack", "decoder"):
+        stack = getattr(spec, side)
+        if isinstance(stack, StackSpec):
+            layers = [_with_linears(layer, f"{side}.layers.{i}.", found) for i, layer in enumerate(stack.layers)]
+            spec = dataclasses.replace(spec, **{side: stack.with_layers(layers)})
+    new = rebuilt(model, dataclasses.replace(spec, adapters_only=freeze))
+    for name, (_, a, b) in found.items():
+        module: Any = new.get_submodule(name)
+        module.lora_a, module.lora_b = (nn.Parameter(t.to(module.weight.dtype)) for t in (a, b))
+    return new
+
+
+def _with_linears(layer: LayerSpec, begin: str, found: Mapping[str, tuple[LinearSpec, Any, Any]]) -> LayerSpec:
+    """The layer with the described linears at the roles that the names in `found` stand for (`...cross.branch.q` is `cross.q`)."""
+    linears = dict(layer.linears)
+    for name, (linear, _, _) in found.items():
+        if name.startswith(begin):
+            branch, _, role = name.removeprefix(begin).split(".")
+            linears[f"cross.{role}" if branch == "cross" else role] = linear
+    return dataclasses.replace(layer, linears=linears)
+
+
+def preview_load(spec: ModelSpec, *, folder: str, freeze: bool = True, **_: Any) -> ModelSpec:
+    """A model's description behind `load_lora`, as far as it can be known from the folder's settings."""
+    if not (Path(folder) / "adapter_config.json").is_file():
+        raise BadInput(f"there is no adapter in {folder} (no adapter_config.json)")
+    return dataclasses.replace(spec, adapters_only=freeze)
+
+
 def merge_lora(model: Model) -> Model:
     """The model with every low-rank term added into its dense matrix: same outputs, no extra cost, everything trainable again."""
     new = rebuilt(model, preview_merge(model.spec))
@@ -77,11 +120,7 @@ def preview_lora(
 
 def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
     """What `merge_lora` makes of a model's description."""
-
-    def detach(layer: LayerSpec) -> LayerSpec:
-        return dataclasses.replace(layer, linears={role: s for role, s in layer.linears.items() if s.kind != "lora"})
-
-    return dataclasses.replace(_with_layers(spec, detach), adapters_only=False)
+    return without_adapters(spec)
 
 
 def _with_layers(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:

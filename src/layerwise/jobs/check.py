@@ -21,6 +21,7 @@ from layerwise.jobs.options import checked_options
 from layerwise.jobs.references import check_references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.models.hf import family_for
+from layerwise.models.hf.adapters import adapter_family
 from layerwise.models.load import described
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec
@@ -100,8 +101,8 @@ def _rehearsed(plan: Plan) -> Iterator[Stage]:
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
             elif isinstance(stage.spec, Export):
-                if stage.spec.format == "hf":
-                    family_for(spec)
+                if stage.spec.format != "layerwise":
+                    (family_for if stage.spec.format == "hf" else adapter_family)(spec)
                 yield stage
             elif stage.spec is not None:
                 if not spec.causal:

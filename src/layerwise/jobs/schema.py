@@ -92,7 +92,7 @@ class Generate(Strict):
 class Export(Strict):
     """Options of an export stage."""
 
-    format: Literal["hf", "layerwise"]
+    format: Literal["hf", "peft", "layerwise"]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 

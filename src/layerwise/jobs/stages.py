@@ -16,8 +16,8 @@ from layerwise.infer.generate import generate
 from layerwise.jobs.cache import Result
 from layerwise.jobs.options import takes_data
 from layerwise.jobs.schema import TABLES, Export, Generate, Stage
-from layerwise.models.checkpoint import save
 from layerwise.models.hf import export_hf
+from layerwise.models.load import export
 from layerwise.models.model import Model
 from layerwise.table import lookup
 from layerwise.train.loop import Listener, train
@@ -88,7 +88,7 @@ def _exported(model: Model, data: Data, spec: Export, folder: Path) -> Findings:
         length = getattr(data.train, "tokens_per_row", None) or None
         export_hf(model, folder, tokenizer=data.tokenizer, dtype=dtype, max_length=length)
     else:
-        save(model if dtype is None else model.to(dtype), folder, tokenizer=data.tokenizer)
+        export(model, folder, format=spec.format, tokenizer=data.tokenizer, dtype=dtype)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     table = Table(f"Exported files ({spec.format})", ["file", "bytes"], [[str(p.relative_to(folder)), p.stat().st_size] for p in files])
     return Findings({"export_bytes": sum(p.stat().st_size for p in files)}, [table])
