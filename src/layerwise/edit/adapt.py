@@ -62,13 +62,12 @@ def load_lora(model: Model, *, folder: str, freeze: bool = True) -> Model:
         BadInput: the folder holds no plain LoRA, or one for another model.
     """
     found = read_adapter(model, folder)
-    spec = model.spec
+    changed: dict[str, Any] = {}
     for side in ("stack", "decoder"):
-        stack = getattr(spec, side)
+        stack = getattr(model.spec, side)
         if isinstance(stack, StackSpec):
-            layers = [_with_linears(layer, f"{side}.layers.{i}.", found) for i, layer in enumerate(stack.layers)]
-            spec = dataclasses.replace(spec, **{side: stack.with_layers(layers)})
-    new = rebuilt(model, dataclasses.replace(spec, adapters_only=freeze))
+            changed[side] = stack.with_layers([_with_linears(layer, f"{side}.layers.{i}.", found) for i, layer in enumerate(stack.layers)])
+    new = rebuilt(model, dataclasses.replace(model.spec, **changed, adapters_only=freeze))
     for name, (_, a, b) in found.items():
         module: Any = new.get_submodule(name)
         module.lora_a, module.lora_b = (nn.Parameter(t.to(module.weight.dtype)) for t in (a, b))

@@ -121,7 +121,8 @@ def read_adapter(model: Model, folder: str | Path) -> dict[str, tuple[LinearSpec
     for module, pair in pairs.items():
         a, b = pair["A.weight"], pair["B.weight"]
         own = int(_pattern(ranks, module, rank))
-        weight = model.get_submodule(ours[module]).weight
+        linear: Any = model.get_submodule(ours[module])
+        weight = linear.weight
         if tuple(a.shape) != (own, weight.shape[1]) or tuple(b.shape) != (weight.shape[0], own):
             raise BadInput(
                 f"{folder}: {module} has A {tuple(a.shape)} and B {tuple(b.shape)}; the matrix is {tuple(weight.shape)}, r {own}"
