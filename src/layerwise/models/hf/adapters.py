@@ -7,18 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
-from layerwise.models.checkpoint import origin_of, read_file, refuse_pickle, some
+from layerwise.models.checkpoint import origin_of, refuse_pickle, some
 from layerwise.models.hf.family import Family, stack_of
 from layerwise.models.hf.layouts import TURNED
 from layerwise.models.hf.table import family_for
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
+from layerwise.safetensor import load_tensors, save_tensors
 from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,7 +82,7 @@ def export_adapter(model: Model, folder: str | Path) -> Path:
     }
     with whole_folder(folder) as temporary:
         write_json(temporary / CONFIG, config)
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+        save_tensors(temporary / TENSORS, tensors)
     return folder
 
 
@@ -111,7 +111,7 @@ def read_adapter(model: Model, folder: str | Path) -> dict[str, tuple[LinearSpec
     _, theirs, _ = _modules(model)
     ours = {name: own for own, name in theirs.items()}
     pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_file(folder / TENSORS, str(model.device)).items():
+    for name, tensor in load_tensors(folder / TENSORS, str(model.device)).items():
         module, _, end = name.removeprefix(BEGINS).rpartition(".lora_")
         pairs.setdefault(module, {})[end] = tensor
     strange = sorted(m for m, pair in pairs.items() if m not in ours or pair.keys() != {"A.weight", "B.weight"})
