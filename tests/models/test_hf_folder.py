@@ -33,8 +33,8 @@ def _llama(folder, **given):
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_every_family_is_there_and_says_its_name(name):
     family: Family = lookup(FAMILIES, name, "family")
-    assert family.name == name and family.lm and family.base and family.head_names
-    for architecture in (*family.lm, *family.base):
+    assert family.name == name and family.headed and family.base and bool(family.head_names) == bool(family.lm)
+    for architecture in (*family.headed, *family.base):
         assert hasattr(T, architecture), architecture
 
 

@@ -23,7 +23,7 @@ DECODER = {"layer": {"heads": 2, "causal": True, "cross": True}}
     ("data", "message"),
     [
         ({"embedding": PIXELS, "stack": {"layers": [CONV], "inputs": 3}}, "set head.kind to classifier"),
-        ({"embedding": PIXELS, "stack": {"depth": 2}, "head": CLASSES}, "give stack.layers, or set embedding.kind to tokens"),
+        ({"embedding": PIXELS, "stack": {"depth": 2}, "head": CLASSES}, "give stack.layers, or set embedding.kind to patches or tokens"),
         ({"embedding": PIXELS, "stack": {"layers": [DENSE]}, "head": CLASSES}, "dense layers read vectors: set embedding.flatten to true"),
         (
             {"embedding": PIXELS | {"flatten": True}, "stack": {"layers": [CONV]}, "head": CLASSES},

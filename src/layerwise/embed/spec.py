@@ -73,3 +73,116 @@ class PixelSpec:
     flatten: bool = False
 
     __pydantic_config__ = FORBID
+
+
+@dataclass(frozen=True)
+class PatchSpec:
+    """Images cut into patches, each one linear map of its pixels, with tokens of no place before them: (b, prefix + rows columns, width).
+
+    Attributes:
+        channels, size: of the image that the positions are made for (None: the data's; filled in when the job runs). Images of other
+            sizes get interpolated positions.
+        patch: (height, width) of a patch.
+        bias: the map has a bias.
+        class_token, distill_token: learned vectors before the patches (ViT; DeiT's second one).
+        registers: further learned vectors after those two, without a position (Darcet et al. 2024, "Vision Transformers Need Registers").
+        mask_token: a learned vector that takes the place of patches hidden by `bool_masked_pos`.
+        position: learned absolute positions of everything but registers, or none.
+        antialias: positions are interpolated with antialiasing (for smaller images).
+        norm: a norm on the sum, with norm_eps; None has none. dropout: on the result.
+        mean, std: subtracted from and divided into the pixels first.
+    """
+
+    kind: Literal["patches"] = "patches"
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    patch: tuple[int, int] = (16, 16)
+    bias: bool = True
+    class_token: bool = True
+    distill_token: bool = False
+    registers: int = 0
+    mask_token: bool = False
+    position: Literal["none", "learned"] = "learned"
+    antialias: bool = False
+    norm: Norm | None = None
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        _check_image(self)
+        if min(self.patch) < 1 or (self.size is not None and (self.size[0] < self.patch[0] or self.size[1] < self.patch[1])):
+            raise BadInput(f"patch is at least 1 x 1 and at most the image; it is {self.patch} for images of {self.size}")
+        if self.distill_token and not self.class_token:
+            raise BadInput("a distillation token stands beside a class token: set class_token too")
+        if self.registers < 0 or self.norm_eps < 0 or not 0 <= self.dropout < 1:
+            raise BadInput(
+                f"registers and norm_eps are >= 0 and dropout in [0, 1); got {self.registers}, {self.norm_eps} and {self.dropout}"
+            )
+
+    @property
+    def placed(self) -> int:
+        """Tokens before the patches that have a position."""
+        return int(self.class_token) + int(self.distill_token)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.placed + self.registers
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches in an image of `size`."""
+        assert self.size is not None, "the size of images is filled in before a model is built"
+        return self.size[0] // self.patch[0], self.size[1] // self.patch[1]
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """The first convolution of a ResNet, with what follows it before the layers: (b, c, h, w) -> (b, width, h', w').
+
+    Attributes:
+        channels, size: of the image (None: the data's; filled in when the job runs).
+        width: channels it makes. kernel, stride: of the convolution.
+        padding: `half` is kernel // 2 on every side; `same` as much as makes the output ceil(input / stride), the odd pixel last.
+        standardize: the convolution's filters are standardized with this epsilon (None: not), see `layerwise.nn.convolution`.
+        norm: a norm with ReLU after the convolution: batch, group (of `groups` groups), or none.
+        pool: the 3x3 max pooling of stride 2 at the end: `max` pads with nothing; `zero` with zeros, which win over negative values
+            (BiT); `valid` does not pad; `same` pads with zeros as `same` above; `none` does not pool.
+        mean, std: subtracted from and divided into the pixels first.
+    """
+
+    kind: Literal["stem"] = "stem"
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    width: int = 64
+    kernel: int = 7
+    stride: int = 2
+    padding: Literal["half", "same"] = "half"
+    standardize: float | None = None
+    norm: Literal["batch", "group", "none"] = "batch"
+    groups: int = 32
+    pool: Literal["max", "zero", "valid", "same", "none"] = "max"
+    mean: float = 0.0
+    std: float = 1.0
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        _check_image(self)
+        if min(self.width, self.kernel, self.stride, self.groups) < 1:
+            raise BadInput(
+                f"width, kernel, stride and groups are at least 1; got {self.width}, {self.kernel}, {self.stride}, {self.groups}"
+            )
+        if self.norm == "group" and self.width % self.groups:
+            raise BadInput(f"group norm needs width ({self.width}) to be a multiple of groups ({self.groups})")
+        if self.padding == "half" and self.kernel % 2 == 0:
+            raise BadInput(f"padding half needs an odd kernel; it is {self.kernel}")
+
+
+def _check_image(spec: PatchSpec | StemSpec) -> None:
+    if (spec.channels is not None and spec.channels < 1) or (spec.size is not None and min(spec.size) < 1) or spec.std <= 0:
+        raise BadInput(f"channels and size are at least 1 and std above 0; got {spec.channels}, {spec.size} and {spec.std}")

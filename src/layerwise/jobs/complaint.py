@@ -32,6 +32,8 @@ SECTIONS = {
     "embedding": "layerwise.embed.spec:TokenSpec",
     "target": "layerwise.embed.spec:TokenSpec",
     "pixels": "layerwise.embed.spec:PixelSpec",
+    "patches": "layerwise.embed.spec:PatchSpec",
+    "stem": "layerwise.embed.spec:StemSpec",
     "head": "layerwise.models.spec:HeadSpec",
     "optimizer": "layerwise.optim.spec:OptimizerSpec",
     "schedule": "layerwise.optim.spec:ScheduleSpec",

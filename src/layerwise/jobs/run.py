@@ -19,7 +19,7 @@ import yaml
 from layerwise.analyze.cost import size
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
-from layerwise.embed.spec import PixelSpec, TokenSpec
+from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput, Diverged, LayerwiseError
 from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
@@ -356,13 +356,14 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
         if isinstance(spec.embedding, TokenSpec) and (spec.embedding.vocab or 0) < data.vocab:
             raise BadInput(f"model.embedding.vocab is {spec.embedding.vocab}, but the tokenizer has {data.vocab} tokens: leave vocab out")
     embedding, stack, head = spec.embedding, spec.stack, spec.head
-    if isinstance(embedding, PixelSpec):
+    if isinstance(embedding, PixelSpec | PatchSpec | StemSpec):
         if data.kind != "images":
             raise BadInput(f"the model reads images but the data is {data.kind}")
         assert data.size is not None and data.channels is not None
         embedding = dataclasses.replace(embedding, channels=data.channels, size=data.size)
         if isinstance(stack, PlainStackSpec):
-            inputs = data.channels * data.size[0] * data.size[1] if embedding.flatten else data.channels
+            inputs = data.channels * data.size[0] * data.size[1] if getattr(embedding, "flatten", False) else data.channels
+            inputs = embedding.width if isinstance(embedding, StemSpec) else inputs
             stack = dataclasses.replace(stack, inputs=inputs)
     elif data.kind != "text":
         raise BadInput(f"the model reads text but the data is {data.kind}")

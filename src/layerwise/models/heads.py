@@ -11,12 +11,23 @@ from layerwise.nn.ffn import activation
 from layerwise.nn.norms import fill_norm, make_norm
 
 
-def pool(hidden: Tensor, how: str, mask: Tensor | None = None) -> Tensor:
-    """Reduce (b, s, width) over its real positions (mask (b, s), True: real), or (b, c, h, w) over space, to (b, width)."""
+def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0) -> Tensor:
+    """Reduce (b, s, width) over its real positions (mask (b, s), True: real), or (b, c, h, w) over space, to (b, width).
+
+    Args:
+        how: see `HeadSpec.pool`; `first_and_patches` and `distilled` give (b, 2 width).
+        prefix: positions before an image's patches.
+    """
     if hidden.dim() == 4:
         return hidden.mean(dim=(2, 3))
     if hidden.dim() == 2:
         return hidden
+    if how == "patches":
+        return hidden[:, prefix:].mean(dim=1)
+    if how == "first_and_patches":
+        return torch.cat([hidden[:, 0], hidden[:, prefix:].mean(dim=1)], dim=-1)
+    if how == "distilled":
+        return hidden[:, :2].flatten(1)
     if mask is None:
         return {"mean": lambda: hidden.mean(dim=1), "first": lambda: hidden[:, 0], "last": lambda: hidden[:, -1]}[how]()
     if how == "mean":
@@ -77,14 +88,24 @@ class ClassifierHead(nn.Module):
         assert spec.classes, "the number of classes is filled in before a model is built"
         self.spec = spec
         self.dropout = nn.Dropout(spec.dropout)
-        self.out = nn.Linear(width, spec.classes, bias=spec.bias)
+        self.norm = make_norm(spec.pool_norm, width, spec.norm_eps) if spec.pool_norm is not None else None
+        self.out = nn.Linear(2 * width if spec.pool == "first_and_patches" else width, spec.classes, bias=spec.bias)
+        self.distilled = nn.Linear(width, spec.classes, bias=spec.bias) if spec.pool == "distilled" else None
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return self.out(self.dropout(pooled))
+        if self.distilled is not None:  # the mean of both, as at inference in Touvron et al. 2021, "DeiT", section 4
+            first, second = self.dropout(pooled).chunk(2, dim=-1)
+            return (self.out(first) + self.distilled(second)) / 2
+        return self.out(self.dropout(pooled if self.norm is None else self.norm(pooled)))
 
     def initialize(self, std: float | None, generator: torch.Generator) -> None:
         """Normal weights with the stack's standard deviation; Xavier's (Glorot and Bengio 2010) where it has none."""
-        xavier = (2 / sum(self.out.weight.shape)) ** 0.5
-        nn.init.normal_(self.out.weight, std=xavier if std is None else std, generator=generator)
-        if self.out.bias is not None:
-            nn.init.zeros_(self.out.bias)
+        for linear in (self.out, self.distilled):
+            if linear is None:
+                continue
+            xavier = (2 / sum(linear.weight.shape)) ** 0.5
+            nn.init.normal_(linear.weight, std=xavier if std is None else std, generator=generator)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.norm is not None:
+            fill_norm(self.norm, 1.0)

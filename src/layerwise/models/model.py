@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from layerwise.embed.patches import PatchEmbedding
 from layerwise.embed.pixels import PixelEmbedding
-from layerwise.embed.spec import PixelSpec, TokenSpec
+from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
+from layerwise.embed.stem import StemEmbedding
 from layerwise.embed.tokens import TokenEmbedding
 from layerwise.errors import BadInput
 from layerwise.models.heads import ClassifierHead, LMHead, pool
@@ -42,7 +44,7 @@ class Output:
     def pooled(self) -> Tensor:
         """(b, width): positions reduced as the head's `pool` says (their mean without a classifier)."""
         spec = self.model.spec.head
-        return pool(self.hidden, spec.pool if spec else "mean", self.mask)
+        return pool(self.hidden, spec.pool if spec else "mean", self.mask, getattr(self.model.spec.embedding, "prefix", 0))
 
     @property
     def logits(self) -> Tensor:
@@ -100,7 +102,7 @@ class Model(nn.Module):
         Args:
             batch: `input_ids` (b, s) with optional `attention_mask` (b, s, or b, past + s with a cache; 1 = real),
                 `position_ids`, `segment_ids` (document of each packed position) and `token_type_ids`; or `pixel_values`
-                (b, c, h, w). An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
+                (b, c, h, w), with optional `bool_masked_pos` (b, patches; True = hidden) for patches. An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
             hiddens: keep every layer's output in `Output.hiddens`.
             cache: keys and values of earlier positions (of the decoder, in an encoder-decoder).
             memory: the encoder's output, when it is known already.
@@ -131,7 +133,9 @@ class Model(nn.Module):
     def _run(
         self, embedding: nn.Module, stack: Stack, batch: Mapping[str, Any], cache: Cache | None, context: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        if isinstance(embedding, PixelEmbedding):
+        if isinstance(embedding, PatchEmbedding):
+            return stack(embedding(batch), Context(**{"grid": embedding.grid(batch["pixel_values"]), **context})), None
+        if isinstance(embedding, PixelEmbedding | StemEmbedding):
             return stack(embedding(batch), Context(**context)), None
         ids = batch["input_ids"]
         mask = _mask(batch.get("attention_mask"))
@@ -209,8 +213,12 @@ def rebuilt(model: Model, spec: ModelSpec) -> Model:
     return new.train(model.training)
 
 
-def _embedding(spec: TokenSpec | PixelSpec, width: int) -> nn.Module:
-    return PixelEmbedding(spec) if isinstance(spec, PixelSpec) else TokenEmbedding(spec, width)
+def _embedding(spec: TokenSpec | PixelSpec | PatchSpec | StemSpec, width: int) -> nn.Module:
+    if isinstance(spec, PixelSpec):
+        return PixelEmbedding(spec)
+    if isinstance(spec, StemSpec):
+        return StemEmbedding(spec)
+    return PatchEmbedding(spec, width) if isinstance(spec, PatchSpec) else TokenEmbedding(spec, width)
 
 
 def _mask(mask: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
-from layerwise.embed.spec import PixelSpec, TokenSpec
+from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.stack.spec import FORBID, Activation, Norm, StackSpec
@@ -26,7 +26,10 @@ class HeadSpec:
         size: of the vectors that the scores are made from (None: the stack's width); a transform makes them.
         scale: multiplies the hidden vectors before the scores (T5 with a tied head uses width^-1/2).
         classes: number of classes (None: the data's; filled in when the job runs).
-        pool: how a classifier reduces positions: their mean, the first or the last real one; spatial maps use the mean.
+        pool: how a classifier reduces positions: their mean, the first or the last real one; the mean of an image's patches alone, or the
+            first beside that (`first_and_patches`, DINOv2); the first two, each with a matrix of its own (`distilled`, DeiT). Spatial
+            maps use the mean.
+        pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
         dropout: before the classifier.
     """
 
@@ -39,7 +42,8 @@ class HeadSpec:
     size: int | None = None
     scale: float = 1.0
     classes: int | None = None
-    pool: Literal["mean", "first", "last"] = "mean"
+    pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled"] = "mean"
+    pool_norm: Norm | None = None
     dropout: float = 0.0
 
     __pydantic_config__ = FORBID
@@ -58,10 +62,20 @@ def _embedding_kind(value: Any) -> str:
 
 
 def _stack_kind(value: Any) -> str:
-    return "plain" if isinstance(value, PlainStackSpec) or (isinstance(value, dict) and isinstance(value.get("layers"), list)) else "layers"
+    return (
+        "plain"
+        if isinstance(value, PlainStackSpec) or (isinstance(value, dict) and isinstance(value.get("layers"), list | tuple))
+        else "layers"
+    )
 
 
-EmbeddingSpec = Annotated[Annotated[TokenSpec, Tag("tokens")] | Annotated[PixelSpec, Tag("pixels")], Discriminator(_embedding_kind)]
+EmbeddingSpec = Annotated[
+    Annotated[TokenSpec, Tag("tokens")]
+    | Annotated[PixelSpec, Tag("pixels")]
+    | Annotated[PatchSpec, Tag("patches")]
+    | Annotated[StemSpec, Tag("stem")],
+    Discriminator(_embedding_kind),
+]
 AnyStackSpec = Annotated[Annotated[StackSpec, Tag("layers")] | Annotated[PlainStackSpec, Tag("plain")], Discriminator(_stack_kind)]
 
 
@@ -88,8 +102,9 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if isinstance(self.stack, PlainStackSpec) and isinstance(self.embedding, TokenSpec):
             raise BadInput("a stack of convolutional or dense layers reads images: set embedding.kind to pixels")
-        if isinstance(self.embedding, PixelSpec):
+        if isinstance(self.embedding, PixelSpec | StemSpec):
             self._check_pixels(self.embedding)
+        self._check_patches(self.embedding)
         if self.decoder is not None and self.decoder.width != self.stack.width:
             raise BadInput(f"the decoder looks at what the encoder made: its width ({self.decoder.width}) must be {self.stack.width}")
         if self.decoder is not None and not all(s.cross and s.causal for s in self.decoder.layers):
@@ -104,12 +119,36 @@ class ModelSpec:
                     f"a tied head needs head.size {tokens.size}, the size of the embedding's vectors; it is {head.size or width}"
                 )
 
-    def _check_pixels(self, embedding: PixelSpec) -> None:
+    def _check_patches(self, embedding: Any) -> None:
+        """Patches go to transformer layers, and what needs them finds them."""
+        layers = self.stack.layers if isinstance(self.stack, StackSpec) else ()
+        on_grid = any(layer.position in ("grid", "grid_shared") for layer in layers)
+        pool = self.head.pool if self.head is not None else "mean"
+        if not isinstance(embedding, PatchSpec):
+            if on_grid or pool in ("patches", "first_and_patches", "distilled"):
+                what = "layers with position grid" if on_grid else f"head.pool {pool}"
+                raise BadInput(f"{what} needs the patches of an image: set embedding.kind to patches")
+            return
+        if isinstance(self.stack, PlainStackSpec):
+            raise BadInput("patches go to transformer layers: give stack.layer, or set embedding.kind to pixels or stem")
+        if on_grid and embedding.prefix != 1:
+            raise BadInput(f"position grid knows patches and one class token; this embedding has {embedding.prefix} tokens before them")
+        if pool in ("distilled", "first_and_patches") and embedding.placed < 1 + (pool == "distilled"):
+            raise BadInput(f"head.pool {pool} needs embedding.{'distill_token' if pool == 'distilled' else 'class_token'}")
+        if self.head is not None and self.head.kind == "lm":
+            raise BadInput("a head of kind lm scores tokens and this model reads images: set head.kind to classifier")
+
+    def _check_pixels(self, embedding: PixelSpec | StemSpec) -> None:
         """Images as they are go to convolutions, flattened ones to dense layers, and either to classes."""
         if isinstance(self.stack, StackSpec):
-            raise BadInput("pixels go to convolutional or dense layers: give stack.layers, or set embedding.kind to tokens")
+            raise BadInput("pixels go to convolutional or dense layers: give stack.layers, or set embedding.kind to patches or tokens")
         dense = self.stack.layers[0].kind == "dense"
-        if embedding.flatten != dense:
+        if isinstance(embedding, StemSpec):
+            if dense or self.stack.inputs not in (None, embedding.width):
+                raise BadInput(
+                    f"a stem makes maps of {embedding.width} channels: it needs convolutional layers, and stack.inputs of that number"
+                )
+        elif embedding.flatten != dense:
             raise BadInput(
                 f"{'dense layers read vectors' if dense else 'convolutions read maps'}: set embedding.flatten to {str(dense).lower()}"
             )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.nn.linear import make_linear
-from layerwise.nn.positions import rotate
+from layerwise.nn.positions import GridBias, rotate
 from layerwise.stack.spec import LayerSpec
 
 if TYPE_CHECKING:
@@ -37,11 +37,13 @@ class Attention(nn.Module):
         self.scale = size**-0.5 if spec.attention_scale is None else spec.attention_scale
         role = "cross." if cross else ""
         self.q = make_linear(role + "q", width, spec.heads * size, spec.qkv_bias, spec)
-        self.k = make_linear(role + "k", width, kv * size, spec.qkv_bias, spec)
+        self.k = make_linear(role + "k", width, kv * size, spec.qkv_bias if spec.key_bias is None else spec.key_bias, spec)
         self.v = make_linear(role + "v", width, kv * size, spec.qkv_bias, spec)
         self.o = make_linear(role + "o", spec.heads * size, width, spec.out_bias, spec)
         self.q_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
         self.k_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
+
+        self.grid = GridBias(spec.heads, spec.grid) if spec.position == "grid" and spec.grid is not None else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
         q = self._heads(self.q(x), self.q_norm)
@@ -57,7 +59,7 @@ class Attention(nn.Module):
             if ctx.cache is not None:
                 assert ctx.positions is not None
                 k, v, keys = ctx.cache.append(slot, k, v, ctx.positions)
-            bias, causal = ctx.bias(self.spec, q, keys)
+            bias, causal = ctx.bias(self.spec, q, keys, self.grid)
         if ctx.recorder is not None and not self.cross and ctx.recorder.wants_attention(slot[0]):
             out = self._recorded(q, k, v, bias, causal, ctx, slot)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,8 @@ from layerwise.stack.spec import LayerSpec
 def activation(name: str) -> Callable[[Tensor], Tensor]:
     """The pointwise function of an activation's name; for gated ones, what the gate goes through."""
     functions: dict[str, Callable[..., Tensor]] = {"gelu": F.gelu, "geglu": F.gelu, "relu": F.relu, "silu": F.silu, "swiglu": F.silu}
+    if name == "quick_gelu":  # Hendrycks and Gimpel 2016, "GELUs", section 2: the sigmoid approximation
+        return lambda x: x * torch.sigmoid(1.702 * x)
     return (lambda x: F.gelu(x, approximate="tanh")) if name in ("gelu_tanh", "geglu_tanh") else functions[name]
 
 

@@ -1,4 +1,4 @@
-"""How attention knows where things are: rotary angles, ALiBi slopes, T5's relative buckets, sinusoids."""
+"""How attention knows where things are: rotary angles, ALiBi slopes, T5's relative buckets, offsets on a grid, sinusoids."""
 
 from __future__ import annotations
 
@@ -89,6 +89,42 @@ class RelativeBias(nn.Module):
     def forward(self, distance: Int[Tensor, "b q k"]) -> Float[Tensor, "b h q k"]:
         bucket = relative_bucket(distance, self.bidirectional, self.buckets, self.max_distance)
         return self.weight[bucket].permute(0, 3, 1, 2)
+
+
+class GridBias(nn.Module):
+    """A learned bias on attention scores for every offset between two patches of an image, one number a head; and three for the class token.
+
+    Position 0 is the class token, then come the patches row by row. The last three rows of the table are: from the class token to a
+    patch, from a patch to the class token, the class token to itself. A grid of another size than the table's gets it interpolated
+    bilinearly. Source: Bao et al. 2022, "BEiT", appendix A, and the published code; the interpolation is MiDaS v3.1's.
+    """
+
+    def __init__(self, heads: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid
+        self.weight = nn.Parameter(torch.empty((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, heads))
+
+    def forward(self, grid: tuple[int, int]) -> Float[Tensor, "h n n"]:
+        """The bias for all pairs of positions of an image of `grid` (rows, columns) of patches, n = rows x columns + 1."""
+        table: Tensor = self.weight
+        if grid != self.grid:
+            offsets = table[:-3].unflatten(0, (2 * self.grid[0] - 1, 2 * self.grid[1] - 1)).permute(2, 0, 1)[None]
+            resized = nn.functional.interpolate(offsets, size=(2 * grid[0] - 1, 2 * grid[1] - 1), mode="bilinear")
+            table = torch.cat([resized[0].flatten(1).T, table[-3:]])
+        return table[grid_offsets(grid, table.device)].permute(2, 0, 1)
+
+
+def grid_offsets(grid: tuple[int, int], device: torch.device | None = None) -> Int[Tensor, "n n"]:
+    """The row of a `GridBias` table for every pair (query, key) of positions."""
+    rows, columns = (torch.arange(n, device=device) for n in grid)
+    places = torch.cartesian_prod(rows, columns)
+    down, right = (places[:, None, i] - places[None, :, i] + grid[i] - 1 for i in range(2))
+    last = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+    found = torch.full((len(places) + 1, len(places) + 1), last, device=device)
+    found[1:, 1:] = down * (2 * grid[1] - 1) + right
+    found[1:, 0] = last + 1
+    found[0, 0] = last + 2
+    return found
 
 
 def sinusoids(positions: Int[Tensor, "*b s"], width: int) -> Float[Tensor, "*b s width"]:

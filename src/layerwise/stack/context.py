@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.nn.positions import RelativeBias, alibi_slopes, rotary_angles
+from layerwise.nn.positions import GridBias, RelativeBias, alibi_slopes, rotary_angles
 from layerwise.stack.spec import LayerSpec, RopeScaling
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Context:
         path: the layers to run, in order; None runs each once. `[0, 1, 1, 3]` loops layer 1 and skips layer 2.
         around: callables that wrap every layer's call, outermost first.
         recorder: what to leave behind, see `layerwise.stack.record`.
+        grid: (rows, columns) of an image's patches, where the positions are a class token and those.
         condition: (b, width) or (b, s, width), a vector that conditions layers (timestep, class).
         extras: anything a part and whoever calls it agree on, by name.
     """
@@ -51,13 +52,14 @@ class Context:
     path: Sequence[int] | None = None
     around: tuple[Around, ...] = ()
     recorder: Recorder | None = None
+    grid: tuple[int, int] | None = None
     condition: Tensor | None = None
     extras: dict[str, Any] = field(default_factory=dict)
-    relative: RelativeBias | None = None
+    relative: RelativeBias | GridBias | None = None
     plain: bool = False
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
-    def begin(self, x: Float[Tensor, "b s ..."], relative: RelativeBias | None) -> None:
+    def begin(self, x: Float[Tensor, "b s ..."], relative: RelativeBias | GridBias | None) -> None:
         """Called by the stack: fix the positions of this pass and announce it to the cache.
 
         Raises:
@@ -117,7 +119,9 @@ class Context:
         """Which memory positions cross-attention may look at; None when all."""
         return None if self.memory_mask is None else self.memory_mask[:, None, None, :]
 
-    def bias(self, spec: LayerSpec, q: Float[Tensor, "b h s d"], keys: Int[Tensor, "b k"] | None) -> tuple[Tensor | None, bool]:
+    def bias(
+        self, spec: LayerSpec, q: Float[Tensor, "b h s d"], keys: Int[Tensor, "b k"] | None, table: GridBias | None = None
+    ) -> tuple[Tensor | None, bool]:
         """The `attn_mask` and `is_causal` of this layer's attention.
 
         A row with nothing to hide gets no mask at all, so that the fastest kernel runs. A mask is boolean (True: attend),
@@ -125,9 +129,10 @@ class Context:
 
         Args:
             spec: the layer. q: its queries. keys: positions of all keys, where a cache holds earlier ones; else None.
+            table: the layer's own bias for offsets on a grid.
         """
         length = q.shape[2]
-        biased = spec.position in ("alibi", "relative")
+        biased = spec.position in ("alibi", "relative", "grid", "grid_shared")
         past = keys is not None and keys.shape[1] > length
         # A layer that was skipped at some steps holds fewer keys than the positions they span.
         reach = self.cache.length if self.cache is not None else length
@@ -136,10 +141,10 @@ class Context:
             return None, spec.causal and not past and length > 1
         assert self.positions is not None
         k_positions = self.positions if keys is None else keys
-        key = ("bias", spec.causal, spec.window, spec.position, spec.heads, id(k_positions), q.dtype)
-        return self._once(key, lambda: self._bias(spec, k_positions, q)), False
+        key = ("bias", spec.causal, spec.window, spec.position, spec.heads, id(k_positions), id(table), q.dtype)
+        return self._once(key, lambda: self._bias(spec, k_positions, q, table)), False
 
-    def _bias(self, spec: LayerSpec, keys: Tensor, q: Tensor) -> Tensor:
+    def _bias(self, spec: LayerSpec, keys: Tensor, q: Tensor, table: GridBias | None) -> Tensor:
         assert self.positions is not None
         queries = self.positions
         distance = keys[:, None, :] - queries[:, :, None]
@@ -155,8 +160,19 @@ class Context:
         if spec.position == "alibi":
             bias = -alibi_slopes(spec.heads).to(q)[:, None, None] * distance.abs().to(q.dtype)[:, None]
         elif spec.position == "relative":
-            assert self.relative is not None
+            assert isinstance(self.relative, RelativeBias)
             bias = self.relative(distance).to(q.dtype)
+        elif spec.position in ("grid", "grid_shared"):
+            bias = self._grid_bias(table or self.relative, queries, keys).to(q.dtype)
         else:
             return allowed
         return bias.masked_fill(~allowed, float("-inf"))
+
+    def _grid_bias(self, table: Any, queries: Tensor, keys: Tensor) -> Float[Tensor, "b h q k"]:
+        """The bias of a `GridBias` at the positions there are: all of them, or those that a subset of the tokens has kept."""
+        if self.grid is None:
+            raise BadInput("a layer with position grid reads the patches of an image: the model's embedding must be of kind patches")
+        whole = table(self.grid)
+        if self.plain:
+            return whole[None]
+        return whole[:, queries[:, :, None].clamp(min=0), keys[:, None, :].clamp(min=0)].transpose(0, 1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from layerwise.nn.attention import Attention
 from layerwise.nn.ffn import FeedForward
+from layerwise.nn.norms import make_norm
 from layerwise.nn.residual import Residual
-from layerwise.stack.spec import LayerSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 from layerwise.table import lookup
 
 if TYPE_CHECKING:
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from layerwise.stack.context import Context
 
 MIXERS = {"attention": "layerwise.nn.attention:Attention"}
-LAYERS = {"LayerSpec": "layerwise.stack.layer:Layer", "PlainLayerSpec": "layerwise.models.plain:PlainLayer"}
+LAYERS = {"LayerSpec": "layerwise.stack.layer:Layer", "PlainLayerSpec": "layerwise.models.bottleneck:make_plain"}
+FINAL_NORMS = {"PlainStackSpec": "layerwise.models.plain:PlainNorm"}
 
 
 class Layer(nn.Module):
@@ -49,6 +51,15 @@ class Layer(nn.Module):
         for branch in (self.mixer, self.cross, self.ffn):
             if branch is not None:
                 branch.initialize(std, write_std, depth, generator)
+
+
+def make_final_norm(spec: Any) -> nn.Module | None:
+    """The norm on the output of a stack that a spec of any kind describes, if it has one."""
+    if not getattr(spec, "final_norm", False):
+        return None
+    if isinstance(spec, StackSpec):
+        return make_norm(spec.layer.norm, spec.width, spec.layer.norm_eps, spec.layer.norm_bias)
+    return lookup(FINAL_NORMS, type(spec).__name__, "stack")(spec)
 
 
 def make_layer(spec: Any) -> nn.Module:

@@ -21,8 +21,8 @@ from layerwise.table import nearest
 
 Placement = Literal["pre", "post", "sandwich", "deepnorm", "lns"]
 Norm = Literal["rmsnorm", "rmsnorm_zero", "layernorm"]
-Position = Literal["none", "rotary", "alibi", "relative"]
-Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
+Position = Literal["none", "rotary", "alibi", "relative", "grid", "grid_shared"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 FORBID = {"extra": "forbid"}
 _SLICE = re.compile(r"^(-?\d+)?(:(-?\d+)?){0,2}$")
@@ -90,11 +90,14 @@ class LayerSpec:
         causal: a position sees itself and earlier ones only.
         window: a position sees keys less than `window` positions away (None: all).
         cross: a cross-attention sub-layer over `Context.memory` stands between mixer and feed-forward.
-        position: how attention knows positions: rotary, ALiBi, T5's relative buckets, or not at all.
+        position: how attention knows positions: rotary, ALiBi, T5's relative buckets, a learned bias for every offset on the grid
+            of an image's patches (`grid`: a table of its own, `grid_shared`: the stack's), or not at all.
+        grid: (rows, columns) of patches that the table of `position: grid` is made for; other sizes are interpolated.
         rope_theta: base of the rotary frequencies. rope_scaling: how they are stretched (None: not).
         rotary_dim: rotary positions turn this many of a head's dimensions, the first ones (None: all).
         attention_scale: what scores are multiplied by before the softmax (None: 1/sqrt(head_dim); T5 uses 1).
-        qkv_bias, out_bias, ffn_bias: biases of the linears. qk_norm: RMSNorm of every query and key head.
+        qkv_bias, out_bias, ffn_bias: biases of the linears. key_bias: of the keys' (None: as qkv_bias; it moves all scores of a
+            query alike, so BEiT and Whisper have none). qk_norm: RMSNorm of every query and key head.
         ffn: activation of the feed-forward; `swiglu`, `geglu` and `geglu_tanh` are gated. ffn_width: its inner size (None: 4x width,
             or 8/3 of it rounded up to a multiple of 8 for the gated ones, which keeps the parameter count).
         norm, norm_eps, norm_bias: the normalization; its bias exists for LayerNorm only. `rmsnorm_zero` multiplies by
@@ -103,6 +106,7 @@ class LayerSpec:
         parallel: mixer and feed-forward read the same stream and are added together, x + F(N1(x)) + G(N2(x)), instead of
             one after the other (GPT-J, GPT-NeoX).
         residual_scale: DeepNorm's alpha (None: (2 depth)^(1/4) for deepnorm, otherwise 1).
+        layer_scale: initial value of a trained gain on every sub-layer's output, one a dimension (None: no such gain; CaiT).
         norm_gain: initial gain of the norms (None: 1/sqrt(index + 1) for lns, otherwise 1).
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
@@ -118,11 +122,13 @@ class LayerSpec:
     window: int | None = None
     cross: bool = False
     position: Position = "none"
+    grid: tuple[int, int] | None = None
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     attention_scale: float | None = None
     qkv_bias: bool = False
+    key_bias: bool | None = None
     out_bias: bool = False
     qk_norm: bool = False
     ffn: Activation = "gelu"
@@ -134,6 +140,7 @@ class LayerSpec:
     placement: Placement = "pre"
     parallel: bool = False
     residual_scale: float | None = None
+    layer_scale: float | None = None
     norm_gain: float | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
@@ -152,6 +159,10 @@ class LayerSpec:
         for name in ("dropout", "attention_dropout", "drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"{name} is a probability in [0, 1); it is {getattr(self, name)}")
+        if (self.grid is not None) != (self.position in ("grid", "grid_shared")) or min(self.grid or (1,)) < 1:
+            raise BadInput(
+                f"grid gives the rows and columns of patches for position grid or grid_shared; got {self.grid} for {self.position}"
+            )
         kv = self.kv_heads or self.heads
         if self.heads % kv:
             raise BadInput(f"heads ({self.heads}) must be a multiple of kv_heads ({kv})")
@@ -255,7 +266,13 @@ class StackSpec:
                     raise BadInput(f"overrides '{key}': a layer has no field '{name}'.{nearest(name, known)}")
         if self.init_std < 0:
             raise BadInput(f"init_std must be >= 0; it is {self.init_std}")
-        self._check_relative([s for s in self.layers if s.position == "relative"])  # resolving checks every layer
+        layers = self.layers  # resolving checks every layer
+        self._check_relative([s for s in layers if s.position == "relative"])
+        shared = {(s.position, s.heads, s.grid) for s in layers if s.position in ("relative", "grid_shared")}
+        if len(shared) > 1:
+            raise BadInput(
+                f"a stack has one shared position bias, so its layers' kinds, heads and grids must agree; got {sorted(map(str, shared))}"
+            )
 
     def _check_relative(self, layers: list[LayerSpec]) -> None:
         """Layers with relative positions share one bias."""

@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
-from layerwise.nn.norms import fill_norm, make_norm
-from layerwise.nn.positions import RelativeBias
+from layerwise.nn.norms import fill_norm
+from layerwise.nn.positions import GridBias, RelativeBias
 from layerwise.stack.around import StochasticDepth
 from layerwise.stack.context import Around, Call, Context
-from layerwise.stack.layer import make_layer
+from layerwise.stack.layer import make_final_norm, make_layer
 from layerwise.stack.spec import StackSpec
 
 
@@ -31,14 +31,15 @@ class Stack(nn.Module):
         super().__init__()
         self.spec = spec
         self.layers: Any = nn.ModuleList([make_layer(s) for s in spec.layers] if layers is None else layers)
-        self.norm: nn.Module | None = None
-        self.relative: RelativeBias | None = None
+        self.norm = make_final_norm(spec)
+        self.relative: RelativeBias | GridBias | None = None
         if isinstance(spec, StackSpec):
-            if spec.final_norm:
-                self.norm = make_norm(spec.layer.norm, spec.width, spec.layer.norm_eps, spec.layer.norm_bias)
             biased = [s for s in spec.layers if s.position == "relative"]
             if biased:
                 self.relative = RelativeBias(biased[0].heads, not biased[0].causal, spec.buckets, spec.max_distance)
+            on_grid = [s for s in spec.layers if s.position == "grid_shared"]
+            if on_grid and on_grid[0].grid is not None:
+                self.relative = GridBias(on_grid[0].heads, on_grid[0].grid)
 
     @property
     def depth(self) -> int:
@@ -71,8 +72,10 @@ class Stack(nn.Module):
         write = std * (2 * max(self.depth, 1)) ** -0.5 if getattr(self.spec, "scaled_init", False) else std
         for layer in self.layers:
             layer.initialize(std, write, self.depth, generator)
-        if self.norm is not None:
+        if isinstance(self.spec, StackSpec) and self.norm is not None:
             fill_norm(self.norm, 1.0)
+        elif self.norm is not None:
+            self.norm.initialize(generator)  # type: ignore[operator]
         if self.relative is not None:
             nn.init.normal_(self.relative.weight, std=std, generator=generator)
 

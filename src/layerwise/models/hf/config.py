@@ -6,8 +6,9 @@ from typing import Any
 
 from layerwise.errors import BadInput
 from layerwise.models.checkpoint import Origin
-from layerwise.models.hf.family import Family, stack_of
+from layerwise.models.hf.family import Family
 from layerwise.models.spec import ModelSpec
+from layerwise.stack.spec import StackSpec
 
 NEVER = ("auto_map", "transformers_version", "_name_or_path", "torch_dtype", "dtype")
 """Keys of an old config that are not taken over: code to run, and what is written anew."""
@@ -33,9 +34,10 @@ def merged_config(family: Family, spec: ModelSpec, origin: Origin | None, archit
             as it was, letter for letter; after a change only the keys remain that the family does not write.
     """
     written = family.write(spec)
+    labels = written.pop("num_labels", None)
     config: dict[str, Any] = {"model_type": family.name, "architectures": [architecture]}
     if origin is None:
-        config |= {**dict(family.defaults), **written}
+        config |= {**dict(family.defaults), **written, **_labels(labels, {})}
     else:
         old = {key: value for key, value in origin.config.items() if key not in NEVER}
         if _reads_as(family, old, spec):
@@ -43,10 +45,17 @@ def merged_config(family: Family, spec: ModelSpec, origin: Origin | None, archit
         else:
             same_tokens = old.get("vocab_size") == written.get("vocab_size")
             stale = {k for k in old if k in FORMER or (k.endswith("_token_id") and not same_tokens)}
-            config = {**{k: v for k, v in old.items() if k not in stale}, **written, **config}
-    if any(layer.position == "rotary" for layer in stack_of(spec).layers):
+            config = {**{k: v for k, v in old.items() if k not in stale}, **written, **_labels(labels, old), **config}
+    if isinstance(spec.stack, StackSpec) and any(layer.position == "rotary" for layer in spec.stack.layers):
         config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, max_length or 0) or 2048
     return config
+
+
+def _labels(count: int | None, old: dict[str, Any]) -> dict[str, Any]:
+    """The names of a classifier's classes: the old ones where there are as many."""
+    if count is None or len(old.get("id2label") or ()) == count:
+        return {}
+    return {"id2label": {str(i): f"LABEL_{i}" for i in range(count)}, "label2id": {f"LABEL_{i}": i for i in range(count)}}
 
 
 def special_tokens(tokenizer: Any, config: dict[str, Any]) -> dict[str, str]:

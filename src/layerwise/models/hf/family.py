@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerwise.embed.spec import TokenSpec
+from layerwise.embed.spec import PatchSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.hf.layouts import JOINED, Layout
 from layerwise.models.model import Model
@@ -18,7 +18,17 @@ from layerwise.models.spec import ModelSpec
 from layerwise.stack.spec import StackSpec
 
 TOKENS = "embedding.tokens.weight"
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu", "swish": "silu"}
+LEAVES = ("", ".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
+"""What a module's name may be followed by; a rule that names a tensor itself has none of them."""
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
 """Their names of activations that are not gated -> ours."""
 
 
@@ -72,7 +82,7 @@ class Pair:
         expected = tuple(self.pack(shapes).shape)
         if tuple(tensor.shape) != expected:
             raise BadInput(f"{self.theirs} has shape {tuple(tensor.shape)}; the config makes it {expected}")
-        parts = self.layout.unpack(tensor, [shapes[name].shape[0] for name in self.ours], self.heads)
+        parts = self.layout.unpack(tensor, [len(shapes[name]) if shapes[name].dim() else 1 for name in self.ours], self.heads)
         return dict(zip(self.ours, parts, strict=True))
 
 
@@ -86,7 +96,7 @@ class Family:
         write: our description -> their config, or the nearest there is: what does not read back as it was cannot be held. It
             names every key that `read` looks at, so that nothing old remains in force.
         rules: the table of names.
-        lm: architectures with a vocabulary head; the first is written. base: those without.
+        lm: architectures with a vocabulary head; the first is written. base: those without a head.
         prefix: what the names of everything but the head begin with, and what a checkpoint of the first of `base` leaves out.
         seq2seq: an encoder and a decoder.
         renamed: endings of names in old checkpoints -> their present form.
@@ -94,14 +104,17 @@ class Family:
         carried: beginnings of names of tensors that our model has no use for; they are kept and written out again.
         shared: our second name of a tensor -> its first.
         defaults: config keys that a model which did not come from this family gets beside those of `write`.
+        classifier: architectures with a head for classes; the first is written.
+        reads: what describes its embedding. stack: what describes its layers.
+        place: what stands for `*` in their names, for each layer (None: its number).
     """
 
     name: str
     read: Callable[[dict[str, Any], bool], ModelSpec]
     write: Callable[[ModelSpec], dict[str, Any]]
     rules: tuple[Rule, ...]
-    lm: tuple[str, ...]
-    base: tuple[str, ...]
+    lm: tuple[str, ...] = ()
+    base: tuple[str, ...] = ()
     prefix: str = ""
     seq2seq: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
@@ -109,12 +122,20 @@ class Family:
     carried: tuple[str, ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    classifier: tuple[str, ...] = ()
+    reads: type = TokenSpec
+    stack: type = StackSpec
+    place: Callable[[ModelSpec], Sequence[str]] | None = None
 
     @property
     def head_names(self) -> tuple[str, ...]:
         """Their names of the head's matrix; where it is tied, the token embedding may stand under them too."""
-        rule = next(rule for rule in self.rules if rule.ours == ("head.weight",))
-        return (rule.theirs, *rule.also)
+        return tuple(name for rule in self.rules if rule.ours == ("head.weight",) for name in (rule.theirs, *rule.also))
+
+    @property
+    def headed(self) -> tuple[str, ...]:
+        """Architectures with a head."""
+        return (*self.lm, *self.classifier)
 
     def pairs(self, spec: ModelSpec, shapes: Mapping[str, Tensor] | None = None) -> list[Pair]:
         """The table of names for a description, in the order of the rules.
@@ -123,16 +144,16 @@ class Family:
             shapes: `shapes_of(spec)`, if it is at hand.
         """
         shapes = shapes_of(spec) if shapes is None else shapes
+        places = None if self.place is None else self.place(spec)
         found: list[Pair] = []
         for rule in self.rules:
             if rule.when is not None and not rule.when(spec):
                 continue
             side = spec.decoder if rule.ours[0].startswith("decoder.") else spec.stack
-            assert side is None or isinstance(side, StackSpec)
             # `layers` resolves every layer anew, so it is asked for once a rule, not once a layer.
-            heads = side.layers[0].heads if side is not None and side.depth else 1
+            heads = getattr(side.layers[0], "heads", 1) if side is not None and side.depth else 1
             for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
-                found += _applied(rule, i, heads, shapes)
+                found += _applied(rule, str(i), str(i) if places is None else places[i], heads, shapes)
         if is_tied(spec):
             found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if TOKENS in p.ours else p for p in found]
         named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
@@ -154,14 +175,14 @@ def shapes_of(spec: ModelSpec) -> dict[str, Tensor]:
         raise BadInput(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from error
 
 
-def _applied(rule: Rule, i: int, heads: int, shapes: Mapping[str, Tensor]) -> list[Pair]:
-    """A rule's pairs: one for each parameter that the module has, or the one that it names."""
-    ours = [name.replace("*", str(i)) for name in rule.ours]
+def _applied(rule: Rule, here: str, there: str, heads: int, shapes: Mapping[str, Tensor]) -> list[Pair]:
+    """A rule's pairs: one for each parameter that the module has, or the one that it names. `here` and `there` stand for `*`."""
+    ours = [name.replace("*", here) for name in rule.ours]
     found = []
-    for leaf in ("", ".weight", ".bias"):
+    for leaf in LEAVES:
         if all(name + leaf in shapes for name in ours):
             theirs, also, unused = (
-                tuple(name.replace("*", str(i)) + leaf for name in names) for names in ((rule.theirs,), rule.also, rule.unused)
+                tuple(name.replace("*", there) + leaf for name in names) for names in ((rule.theirs,), rule.also, rule.unused)
             )
             found.append(Pair(tuple(name + leaf for name in ours), theirs[0], rule.layout, also, unused, heads))
     return found
@@ -209,3 +230,26 @@ def stack_of(spec: ModelSpec) -> StackSpec:
     """The description's stack, which is known to be of transformer layers."""
     assert isinstance(spec.stack, StackSpec)
     return spec.stack
+
+
+def patches_of(spec: ModelSpec) -> PatchSpec:
+    """The description's embedding, which is known to be of patches."""
+    assert isinstance(spec.embedding, PatchSpec)
+    return spec.embedding
+
+
+def classes_of(config: dict[str, Any]) -> int:
+    """How many classes a config has: its labels are named, or counted, or the two that transformers takes for granted."""
+    named = config.get("id2label")
+    return len(named) if named else config.get("num_labels", 2)
+
+
+def pair_of(value: Any) -> tuple[int, int]:
+    """A size that is one number or two."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return height, width
+
+
+def one_of(pair: tuple[int, int]) -> int | list[int]:
+    """The same the other way: one number where both are equal."""
+    return pair[0] if pair[0] == pair[1] else list(pair)

@@ -11,9 +11,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family, stack_of, tokens_of
+from layerwise.models.hf.family import Family
+from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
 from layerwise.models.spec import HeadSpec, ModelSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
@@ -26,14 +26,12 @@ FAR = 10_000
 
 
 def unreadable(spec: ModelSpec) -> str | None:
-    """Why no family at all could hold a description: it is not of plain transformer layers over tokens."""
-    if not isinstance(spec.embedding, TokenSpec) or not isinstance(spec.stack, StackSpec):
-        return "it reads images, and these families read tokens"
+    """Why no family at all could hold a description: a stack is empty, or its weights are not stored as they are."""
     for where, stack in (("stack", spec.stack), ("decoder", spec.decoder)):
-        if stack is None:
-            continue
-        if not stack.depth:
+        if stack is not None and not stack.depth:
             return f"its {where} has no layer"
+        if not isinstance(stack, StackSpec):
+            continue
         for i, layer in enumerate(stack.layers):
             kinds = [linear.kind for linear in layer.linears.values() if linear.kind != "dense"]
             if kinds:
@@ -46,17 +44,21 @@ def differences(family: Family, spec: ModelSpec) -> list[str]:
 
     Of two families the one with fewer differences is nearer.
     """
+    if not isinstance(spec.embedding, family.reads) or not isinstance(spec.stack, family.stack):
+        return [f"its embedding is of kind {spec.embedding.kind}; {family.name} has {family.reads.kind}"] * (2 * FAR)  # type: ignore[attr-defined]
     if (spec.decoder is not None) != family.seq2seq:
         return [f"{family.name} has {_shape(family.seq2seq)}; this model has {_shape(not family.seq2seq)}"] * FAR
     head = spec.head is not None
+    if spec.head is not None and not (family.lm if spec.head.kind == "lm" else family.classifier):
+        return [f"its head is of kind {spec.head.kind}; {family.name} has none"] * FAR
     try:
         back = family.read(_plain(family.write(spec)), head)
     except BadInput as error:
         return [f"{family.name} cannot have this: {error}"] * FAR
-    found = list(_stack_differences(family.name, "", stack_of(spec), stack_of(back)))
+    found = list(_stack_differences(family.name, "", spec.stack, back.stack))
     if spec.decoder is not None and back.decoder is not None:
         found += _stack_differences(family.name, "decoder ", spec.decoder, back.decoder)
-    found += _named(family.name, "its embedding", _embedding(tokens_of(spec)), _embedding(tokens_of(back)))
+    found += _named(family.name, "its embedding", _embedding(spec.embedding), _embedding(back.embedding))
     if (spec.target is None) != (back.target is None):
         found.append(f"its decoder {'shares the' if spec.target is None else 'has an'} embedding; {family.name} decoders do the opposite")
     elif spec.target is not None and back.target is not None:
@@ -80,7 +82,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "max_position_embeddings": config.get("max_position_embeddings", 2048)}
 
 
-def _stack_differences(family: str, where: str, ours: StackSpec, theirs: StackSpec) -> Iterator[str]:
+def _stack_differences(family: str, where: str, ours: Any, theirs: Any) -> Iterator[str]:
     """Each field of each layer that differs, then what is around the layers."""
     first = _layer(ours.layers[0])
     for i, (a, b) in enumerate(zip(ours.layers, theirs.layers, strict=True)):
@@ -110,13 +112,18 @@ def _fields(spec: Any) -> dict[str, Any]:
     return {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec) if f.name not in TRAINING}
 
 
-def _layer(spec: LayerSpec) -> dict[str, Any]:
+def _layer(spec: LayerSpec | PlainLayerSpec) -> dict[str, Any]:
     """What a layer computes: fields without effect are left out, defaults written out."""
     found = _fields(spec)
+    if isinstance(spec, PlainLayerSpec):
+        found |= {"kind": spec.kind, "middle": spec.narrow, "project": spec.projected}
+        return {k: v for k, v in found.items() if spec.norm == "group" or k not in ("group", "groups")}
     # A layer-norm-scaled layer computes what a pre-norm layer does: only its initial gains differ.
     found["placement"] = "pre" if spec.placement == "lns" else spec.placement
     found["attention_scale"] = (spec.head_dim or 1) ** -0.5 if spec.attention_scale is None else spec.attention_scale
     found["rotary_dim"] = spec.rotary_dim or spec.head_dim
+    found["key_bias"] = spec.qkv_bias if spec.key_bias is None else spec.key_bias
+    found["layer_scale"] = spec.layer_scale is not None  # the number is only where its training starts
     if spec.position != "rotary":
         found = {k: v for k, v in found.items() if k not in ("rope_theta", "rope_scaling", "rotary_dim")}
     if spec.norm != "layernorm":
@@ -124,22 +131,30 @@ def _layer(spec: LayerSpec) -> dict[str, Any]:
     return found
 
 
-def _around(spec: StackSpec) -> dict[str, Any]:
+def _around(spec: StackSpec | PlainStackSpec) -> dict[str, Any]:
+    if isinstance(spec, PlainStackSpec):
+        return {"inputs": spec.inputs, "depth": spec.depth, "final_norm": spec.final_norm}
     found: dict[str, Any] = {"width": spec.width, "depth": spec.depth, "final_norm": spec.final_norm}
     if any(layer.position == "relative" for layer in spec.layers):
         found |= {"buckets": spec.buckets, "max_distance": spec.max_distance}
     return found
 
 
-def _embedding(spec: TokenSpec) -> dict[str, Any]:
-    without = {"max_length", "offset"} if spec.position != "learned" else set()
-    return {k: v for k, v in _fields(spec).items() if k not in without | ({"norm_eps"} if spec.norm is None else set())}
+def _embedding(spec: Any) -> dict[str, Any]:
+    without = {"max_length", "offset", "antialias"} if getattr(spec, "position", None) != "learned" else set()
+    without |= {"norm_eps"} if spec.norm is None else set()
+    without |= {"groups"} if spec.norm != "group" else set()
+    return {"kind": spec.kind, **{k: v for k, v in _fields(spec).items() if k not in without}}
 
 
 def _head(spec: HeadSpec) -> dict[str, Any]:
     found = {"kind": spec.kind, **_fields(spec)}
     if spec.kind == "lm":
-        found = {k: v for k, v in found.items() if k not in ("classes", "pool")}
+        found = {k: v for k, v in found.items() if k not in ("classes", "pool", "pool_norm")}
         if spec.transform is None:
             found = {k: v for k, v in found.items() if k not in ("norm", "norm_eps")}
+    else:
+        found = {k: found[k] for k in ("kind", "classes", "pool", "pool_norm", "bias")} | (
+            {"norm_eps": spec.norm_eps} if spec.pool_norm else {}
+        )
     return found

@@ -12,11 +12,12 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of, stack_of, tokens_of
+from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -145,7 +146,7 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
         spec = family.read(config, _has_head(family, folder, config))
         # Numbers that are none, or not whole, are found here and not inside a module that is built from them.
         spec = model_spec(spec_data(spec))
-        if tokens_of(spec).vocab is None:
+        if isinstance(spec.embedding, TokenSpec) and spec.embedding.vocab is None:
             raise BadInput("config.json: vocab_size is missing")
         return family, spec
     except BadInput as error:
@@ -160,10 +161,12 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
 def _has_head(family: Family, folder: Path, config: dict[str, Any]) -> bool:
     """Whether a checkpoint has a vocabulary head: its config names the architecture, or else its tensors tell."""
     named = (config.get("architectures") or [None])[0]
-    if named in family.lm or named in family.base:
-        return named in family.lm
+    if named in family.headed or named in family.base:
+        return named in family.headed
     if named is not None:
-        raise BadInput(f"config.json: {named} has a head that is not known here; layerwise reads {', '.join((*family.lm, *family.base))}")
+        raise BadInput(
+            f"config.json: {named} has a head that is not known here; layerwise reads {', '.join((*family.headed, *family.base))}"
+        )
     heads = tuple(rule.theirs for rule in family.rules if rule.ours[0].split(".")[0] == "head")
     try:
         stored = read_names(folder)
@@ -176,12 +179,13 @@ def _renamed(family: Family, tensors: dict[str, Tensor], spec: ModelSpec) -> dic
     """The tensors of a checkpoint under the names that the family's table has: old endings renewed, the prefix put in front."""
     known = {name for pair in family.pairs(spec) for name in (pair.theirs, *pair.also, *pair.unused)}
     found: dict[str, Tensor] = {}
+    bare = not family.prefix or not any(name.startswith(family.prefix) for name in tensors)
     for name, tensor in tensors.items():
         for old, new in family.renamed:
             if name.endswith(old):
                 name = name.removesuffix(old) + new
         longer = family.prefix + name
-        if name not in known and (longer in known or longer.startswith(family.carried or ("\0",))):
+        if bare and name not in known and (longer in known or longer.startswith(family.carried or ("\0",))):
             name = longer
         found[name] = tensor
     return found
@@ -246,14 +250,15 @@ def _theirs(family: Family, model: Model) -> dict[str, Tensor]:
 
 def _architecture(family: Family, spec: ModelSpec, origin: Origin | None) -> str:
     """The class name to write: the one the model came with, if it still has such a head."""
-    possible = family.lm if spec.head is not None else family.base
+    possible = family.base if spec.head is None else family.lm if spec.head.kind == "lm" else family.classifier
+    possible = tuple(family.write(spec).get("architectures", possible))
     came = (origin.config.get("architectures") or [None])[0] if origin is not None else None
     return came if came in possible else possible[0]
 
 
 def _same_width(family: Family, spec: ModelSpec, origin: Origin) -> bool:
     """Whether tensors that a model carries along still have the model's width."""
-    return stack_of(family.read(origin.config, spec.head is not None)).width == stack_of(spec).width
+    return family.read(origin.config, spec.head is not None).stack.width == spec.stack.width
 
 
 def _generation(folder: Path) -> dict[str, Any]:

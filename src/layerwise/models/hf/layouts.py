@@ -56,4 +56,7 @@ BY_HEAD = Layout(_interleave, _separate)
 """Query, key and value of head 0, then those of head 1, ...: GPT-NeoX."""
 
 ROW = Layout(lambda parts, heads: parts[0][None], lambda whole, rows, heads: [whole[0]])
-"""A vector stored as a matrix of one row: BART's bias on the scores."""
+"""One axis of size 1 in front: BART's bias on the scores, position tables of images."""
+
+CORNER = Layout(lambda parts, heads: parts[0][None, None], lambda whole, rows, heads: [whole[0, 0]])
+"""A vector with two axes of size 1 in front: class tokens."""

@@ -25,6 +25,13 @@ FAMILIES = {
     "electra": "layerwise.models.hf.electra:FAMILY",
     "t5": "layerwise.models.hf.t5:FAMILY",
     "bart": "layerwise.models.hf.bart:FAMILY",
+    "vit": "layerwise.models.hf.vit:FAMILY",
+    "deit": "layerwise.models.hf.deit:FAMILY",
+    "dinov2": "layerwise.models.hf.dinov2:FAMILY",
+    "dinov2_with_registers": "layerwise.models.hf.dinov2_with_registers:FAMILY",
+    "beit": "layerwise.models.hf.beit:FAMILY",
+    "resnet": "layerwise.models.hf.resnet:FAMILY",
+    "bit": "layerwise.models.hf.bit:FAMILY",
 }
 """In the order in which they are tried when a model is written: where two could hold it, the first does."""
 
