@@ -13,7 +13,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import check_folder, whole_folder, write_file, write_json
-from layerwise.models.model import Model
+from layerwise.models.model import Model, make_model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
 from layerwise.safetensor import load_tensors, save_tensors
 
@@ -110,7 +110,7 @@ def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str]
     """
     tensors = tensors | {name: tensors[first] for name, first in shared.items() if first in tensors}
     with torch.device("meta"):
-        model = Model(spec)
+        model = make_model(spec)
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:

@@ -11,12 +11,12 @@ from layerwise.nn.ffn import activation
 from layerwise.nn.norms import fill_norm, make_norm
 
 
-def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0) -> Tensor:
+def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0, ends: Tensor | None = None) -> Tensor:
     """Reduce (b, s, width) over its real positions (mask (b, s), True: real), or (b, c, h, w) over space, to (b, width).
 
     Args:
         how: see `HeadSpec.pool`; `first_and_patches` and `distilled` give (b, 2 width).
-        prefix: positions before an image's patches.
+        prefix: positions before an image's patches. ends: (b,) where each text ends.
     """
     if hidden.dim() == 4:
         return hidden.mean(dim=(2, 3))
@@ -26,6 +26,9 @@ def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0) 
         return hidden[:, prefix:].mean(dim=1)
     if how == "first_and_patches":
         return torch.cat([hidden[:, 0], hidden[:, prefix:].mean(dim=1)], dim=-1)
+    if how == "end":
+        assert ends is not None, "only texts have an end"
+        return hidden[torch.arange(len(hidden), device=hidden.device), ends]
     if how == "distilled":
         return hidden[:, :2].flatten(1)
     if mask is None:
@@ -81,16 +84,17 @@ class LMHead(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Class scores for the pooled input: (b, width) -> (b, classes)."""
+    """Class scores for the pooled input, (b, width) -> (b, classes), or a vector of it, (b, width) -> (b, size)."""
 
     def __init__(self, spec: HeadSpec, width: int) -> None:
         super().__init__()
-        assert spec.classes, "the number of classes is filled in before a model is built"
+        outer = spec.size if spec.kind == "projection" else spec.classes
+        assert outer, "the number of classes is filled in before a model is built"
         self.spec = spec
         self.dropout = nn.Dropout(spec.dropout)
         self.norm = make_norm(spec.pool_norm, width, spec.norm_eps) if spec.pool_norm is not None else None
-        self.out = nn.Linear(2 * width if spec.pool == "first_and_patches" else width, spec.classes, bias=spec.bias)
-        self.distilled = nn.Linear(width, spec.classes, bias=spec.bias) if spec.pool == "distilled" else None
+        self.out = nn.Linear(2 * width if spec.pool == "first_and_patches" else width, outer, bias=spec.bias)
+        self.distilled = nn.Linear(width, outer, bias=spec.bias) if spec.pool == "distilled" else None
 
     def forward(self, pooled: Tensor) -> Tensor:
         if self.distilled is not None:  # the mean of both, as at inference in Touvron et al. 2021, "DeiT", section 4

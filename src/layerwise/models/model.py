@@ -22,6 +22,10 @@ from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
 from layerwise.stack.context import PAD, Context
 from layerwise.stack.stack import Stack
+from layerwise.table import lookup
+
+MODELS = {"ModelSpec": "layerwise.models.model:Model", "TwoTowersSpec": "layerwise.models.two_towers:TwoTowers"}
+"""By the name of what describes them."""
 
 
 @dataclasses.dataclass
@@ -32,6 +36,7 @@ class Output:
         hidden: the (last) stack's output, (b, s, width) or (b, c, h, w).
         hiddens: every layer's output, if `hiddens=True` was asked for.
         memory: the encoder's output, in an encoder-decoder.
+        ends: (b,) where each text ends, for a head that pools there.
     """
 
     hidden: Tensor
@@ -39,16 +44,18 @@ class Output:
     mask: Tensor | None = None
     hiddens: tuple[Tensor, ...] | None = None
     memory: Tensor | None = None
+    ends: Tensor | None = None
 
     @property
     def pooled(self) -> Tensor:
         """(b, width): positions reduced as the head's `pool` says (their mean without a classifier)."""
         spec = self.model.spec.head
-        return pool(self.hidden, spec.pool if spec else "mean", self.mask, getattr(self.model.spec.embedding, "prefix", 0))
+        prefix = getattr(self.model.spec.embedding, "prefix", 0)
+        return pool(self.hidden, spec.pool if spec else "mean", self.mask, prefix, self.ends)
 
     @property
     def logits(self) -> Tensor:
-        """The head's scores, computed when asked for: (b, s, vocab) or (b, classes)."""
+        """The head's scores, computed when asked for: (b, s, vocab), (b, classes), or a projection's vectors (b, size)."""
         head = self.model.head
         if head is None:
             raise AttributeError("this model has no head, so it has no logits")
@@ -70,7 +77,7 @@ class Model(nn.Module):
         if spec.head is not None:
             out = spec.decoder.width if spec.decoder is not None else width
             tokens = spec.target or spec.embedding
-            if spec.head.kind == "classifier":
+            if spec.head.kind != "lm":
                 self.head = ClassifierHead(spec.head, out)
             else:
                 assert isinstance(tokens, TokenSpec) and tokens.vocab
@@ -121,7 +128,7 @@ class Model(nn.Module):
             context["around"] = (keep, *context.get("around", ()))  # outermost: what the next layer gets
         if self.decoder is None:
             hidden, mask = self._run(self.embedding, self.stack, batch, cache, context)
-            return Output(hidden, self, mask, tuple(kept) or None)
+            return Output(hidden, self, mask, tuple(kept) or None, ends=self._ends(batch))
         mask = _mask(batch.get("attention_mask"))
         if memory is None:
             memory, _ = self._run(self.embedding, self.stack, batch, None, {})
@@ -145,6 +152,14 @@ class Model(nn.Module):
             past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         return stack(embedding(batch, positions), ctx), None if mask is None else mask[:, -ids.shape[1] :]
+
+    def _ends(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Where each text ends, if the head wants to know."""
+        head = self.spec.head
+        if head is None or head.pool != "end":
+            return None
+        ids = batch["input_ids"]
+        return ids.argmax(dim=1) if head.end_token is None else (ids == head.end_token).int().argmax(dim=1)
 
     def initialize(self, generator: torch.Generator) -> Model:
         """Fresh weights, in place."""
@@ -192,10 +207,15 @@ def token_positions(ids: Int[Tensor, "b s"], mask: Tensor | None, given: Tensor 
     return counted.masked_fill(~mask, PAD)[:, -ids.shape[1] :]
 
 
-def build(spec: ModelSpec, seed: int = 0, device: str | torch.device = "cpu") -> Model:
+def make_model(spec: Any) -> Any:
+    """The module that a description of any kind describes, its weights not filled in."""
+    return lookup(MODELS, type(spec).__name__, "model")(spec)
+
+
+def build(spec: Any, seed: int = 0, device: str | torch.device = "cpu") -> Any:
     """A new model with weights drawn from `seed`: laid out without memory first, filled once."""
     with torch.device("meta"):
-        model = Model(spec)
+        model = make_model(spec)
     model.to_empty(device=device)
     return model.initialize(torch.Generator(device=device).manual_seed(seed))
 

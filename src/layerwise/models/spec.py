@@ -19,21 +19,23 @@ class HeadSpec:
     """What stands on top of the stack.
 
     Attributes:
-        kind: `lm` scores the vocabulary at every position; `classifier` scores `classes` for the pooled input.
+        kind: `lm` scores the vocabulary at every position; `classifier` scores `classes` for the pooled input; `projection` makes a
+            vector of `size` numbers of it (CLIP's towers).
         tie: the lm head multiplies by the token embedding itself.
         bias: a bias on the scores.
         transform: BERT's dense + activation + norm before the scores (None: none).
-        size: of the vectors that the scores are made from (None: the stack's width); a transform makes them.
+        size: of the vectors that the scores are made from (None: the stack's width); a transform or a projection makes them.
         scale: multiplies the hidden vectors before the scores (T5 with a tied head uses width^-1/2).
         classes: number of classes (None: the data's; filled in when the job runs).
         pool: how a classifier reduces positions: their mean, the first or the last real one; the mean of an image's patches alone, or the
-            first beside that (`first_and_patches`, DINOv2); the first two, each with a matrix of its own (`distilled`, DeiT). Spatial
-            maps use the mean.
+            first beside that (`first_and_patches`, DINOv2); the first two, each with a matrix of its own (`distilled`, DeiT); where
+            the text ends (`end`, CLIP). Spatial maps use the mean.
+        end_token: the token whose first place `end` takes (None: the highest number in the text, as OpenAI's code does).
         pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
         dropout: before the classifier.
     """
 
-    kind: Literal["lm", "classifier"] = "lm"
+    kind: Literal["lm", "classifier", "projection"] = "lm"
     tie: bool = False
     bias: bool = False
     transform: Activation | None = None
@@ -42,7 +44,8 @@ class HeadSpec:
     size: int | None = None
     scale: float = 1.0
     classes: int | None = None
-    pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled"] = "mean"
+    pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled", "end"] = "mean"
+    end_token: int | None = None
     pool_norm: Norm | None = None
     dropout: float = 0.0
 
@@ -53,7 +56,9 @@ class HeadSpec:
             raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
         if self.norm_eps < 0:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
-        if self.size is not None and (self.size < 1 or self.transform is None):
+        if self.kind == "projection" and self.size is None:
+            raise BadInput("a head of kind projection needs head.size, the size of the vectors it makes")
+        if self.size is not None and (self.size < 1 or (self.transform is None and self.kind != "projection")):
             raise BadInput(f"size ({self.size}) must be at least 1 and needs a transform, which makes vectors of that size")
 
 
@@ -170,11 +175,53 @@ class ModelSpec:
         return dataclasses.replace(self, embedding=fill(self.embedding), target=fill(self.target))
 
 
-def model_spec(data: dict[str, Any]) -> ModelSpec:
-    """A `ModelSpec` from plain data (a job file, `model.json`). Raises pydantic's ValidationError."""
-    return TypeAdapter(ModelSpec).validate_python(data)
+@dataclass(frozen=True)
+class TwoTowersSpec:
+    """Two models that make vectors of one size, of texts and of images, to be compared: CLIP.
+
+    Attributes:
+        text, image: the towers, each with a head of kind projection.
+    """
+
+    text: ModelSpec
+    image: ModelSpec
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        sizes = [tower.head.size if tower.head is not None and tower.head.kind == "projection" else None for tower in self.towers]
+        if None in sizes or len(set(sizes)) > 1:
+            raise BadInput(f"both towers need a head of kind projection and of one size; their sizes are {sizes[0]} and {sizes[1]}")
+        if not isinstance(self.text.embedding, TokenSpec) or isinstance(self.image.embedding, TokenSpec):
+            raise BadInput("the text tower reads tokens and the image tower images")
+
+    @property
+    def towers(self) -> tuple[ModelSpec, ModelSpec]:
+        return self.text, self.image
+
+    @property
+    def head(self) -> None:
+        """The towers' heads are their own."""
+        return None
+
+    @property
+    def causal(self) -> bool:
+        """It continues nothing."""
+        return False
+
+    @property
+    def stack(self) -> StackSpec:
+        """Raises BadInput: there are two."""
+        raise BadInput("this model has two towers: work on model.text or model.image, and put it back with model.with_towers(...)")
+
+    embedding = decoder = target = stack
 
 
-def spec_data(spec: ModelSpec) -> dict[str, Any]:
+def model_spec(data: dict[str, Any]) -> Any:
+    """A `ModelSpec` (or a `TwoTowersSpec`) from plain data (a job file, `model.json`). Raises pydantic's ValidationError."""
+    return TypeAdapter(TwoTowersSpec if isinstance(data, dict) and {"text", "image"} & data.keys() else ModelSpec).validate_python(data)
+
+
+def spec_data(spec: ModelSpec | TwoTowersSpec) -> dict[str, Any]:
     """The plain data that `model_spec` reads back."""
     return dataclasses.asdict(spec)

@@ -94,8 +94,10 @@ def _which(which: Which, depth: int) -> frozenset[int]:
 
 
 def _hooked(model: nn.Module, batch: Mapping[str, Any], recorder: Recorder) -> Any:
-    """Record a foreign network through forward hooks on the layers that `view` finds."""
+    """Record a foreign network, or one of several stacks, through forward hooks on the layers that `view` finds."""
     if recorder.keep_attention:
+        if any(isinstance(part, Stack) for part in model.modules()):
+            raise BadInput("attention maps are recorded one tower at a time: record(model.text, ...) or record(model.image, ...)")
         raise BadInput("attention maps can be recorded on layerwise models only: load the checkpoint with layerwise.load first")
 
     def hook(i: int):
@@ -111,7 +113,7 @@ def _hooked(model: nn.Module, batch: Mapping[str, Any], recorder: Recorder) -> A
 
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(view(model).layers)]
     try:
-        return model(**batch)
+        return view(model).run(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -45,10 +45,15 @@ def merged_config(family: Family, spec: ModelSpec, origin: Origin | None, archit
         else:
             same_tokens = old.get("vocab_size") == written.get("vocab_size")
             stale = {k for k in old if k in FORMER or (k.endswith("_token_id") and not same_tokens)}
-            config = {**{k: v for k, v in old.items() if k not in stale}, **written, **_labels(labels, old), **config}
-    if isinstance(spec.stack, StackSpec) and any(layer.position == "rotary" for layer in spec.stack.layers):
+            config = {**{k: v for k, v in old.items() if k not in stale}, **_nested(written, old), **_labels(labels, old), **config}
+    if isinstance(spec, ModelSpec) and isinstance(spec.stack, StackSpec) and any(layer.position == "rotary" for layer in spec.stack.layers):
         config["max_position_embeddings"] = max(config.get("max_position_embeddings") or 0, max_length or 0) or 2048
     return config
+
+
+def _nested(written: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """What is written, where a part of a config (a tower's) keeps the old keys that are not."""
+    return {k: {**old[k], **v} if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in written.items()}
 
 
 def _labels(count: int | None, old: dict[str, Any]) -> dict[str, Any]:

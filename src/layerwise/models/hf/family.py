@@ -13,8 +13,9 @@ from torch import Tensor
 from layerwise.embed.spec import PatchSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.hf.layouts import JOINED, Layout
-from layerwise.models.model import Model
-from layerwise.models.spec import ModelSpec
+from layerwise.models.model import make_model
+from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.models.spec import ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import StackSpec
 
 TOKENS = "embedding.tokens.weight"
@@ -104,8 +105,8 @@ class Family:
         carried: beginnings of names of tensors that our model has no use for; they are kept and written out again.
         shared: our second name of a tensor -> its first.
         defaults: config keys that a model which did not come from this family gets beside those of `write`.
-        classifier: architectures with a head for classes; the first is written.
-        reads: what describes its embedding. stack: what describes its layers.
+        classifier: architectures with a head for classes, or a projection; the first is written.
+        reads: what describes its embedding (both towers: `TwoTowersSpec`). stack: what describes its layers.
         place: what stands for `*` in their names, for each layer (None: its number).
     """
 
@@ -149,7 +150,7 @@ class Family:
         for rule in self.rules:
             if rule.when is not None and not rule.when(spec):
                 continue
-            side = spec.decoder if rule.ours[0].startswith("decoder.") else spec.stack
+            side = _side(spec, rule.ours[0])
             # `layers` resolves every layer anew, so it is asked for once a rule, not once a layer.
             heads = getattr(side.layers[0], "heads", 1) if side is not None and side.depth else 1
             for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
@@ -170,9 +171,16 @@ def shapes_of(spec: ModelSpec) -> dict[str, Tensor]:
     """
     try:
         with torch.device("meta"):
-            return Model(spec).state_dict()
+            return make_model(spec).state_dict()
     except (TypeError, RuntimeError, OverflowError) as error:
         raise BadInput(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from error
+
+
+def _side(spec: ModelSpec | TwoTowersSpec, name: str) -> StackSpec | PlainStackSpec | None:
+    """The stack that a name of ours belongs to."""
+    if isinstance(spec, TwoTowersSpec):
+        return (spec.text if name.startswith("text.") else spec.image).stack
+    return spec.decoder if name.startswith("decoder.") else spec.stack
 
 
 def _applied(rule: Rule, here: str, there: str, heads: int, shapes: Mapping[str, Tensor]) -> list[Pair]:
@@ -218,6 +226,11 @@ def read_activation(config: dict[str, Any], key: str, default: str) -> Any:
 def write_activation(name: str | None) -> str:
     """Their name of one of ours; for a gated one the nearest there is, which reads back as something else."""
     return next((theirs for theirs, ours in ACTIVATIONS.items() if ours == name), "gelu")
+
+
+def parts_of(spec: ModelSpec | TwoTowersSpec) -> tuple[ModelSpec, ...]:
+    """A description's towers, or itself."""
+    return spec.towers if isinstance(spec, TwoTowersSpec) else (spec,)
 
 
 def tokens_of(spec: ModelSpec) -> TokenSpec:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family
+from layerwise.models.hf.family import Family, parts_of
 from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
-from layerwise.models.spec import HeadSpec, ModelSpec
+from layerwise.models.spec import HeadSpec, ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
 TRAINING = {"dropout", "attention_dropout", "drop", "norm_gain", "linears", "std", "kind"}
@@ -25,9 +25,9 @@ FAR = 10_000
 """As many differences count what is not comparable at all."""
 
 
-def unreadable(spec: ModelSpec) -> str | None:
+def unreadable(spec: ModelSpec | TwoTowersSpec) -> str | None:
     """Why no family at all could hold a description: a stack is empty, or its weights are not stored as they are."""
-    for where, stack in (("stack", spec.stack), ("decoder", spec.decoder)):
+    for where, stack in (pair for part in parts_of(spec) for pair in (("stack", part.stack), ("decoder", part.decoder))):
         if stack is not None and not stack.depth:
             return f"its {where} has no layer"
         if not isinstance(stack, StackSpec):
@@ -39,39 +39,60 @@ def unreadable(spec: ModelSpec) -> str | None:
     return None
 
 
-def differences(family: Family, spec: ModelSpec) -> list[str]:
+def differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
     """In which ways a family would change what a description computes, the most telling first; none: it can hold it.
 
     Of two families the one with fewer differences is nearer.
     """
+    if isinstance(spec, TwoTowersSpec) or family.reads is TwoTowersSpec:
+        return _tower_differences(family, spec)
     if not isinstance(spec.embedding, family.reads) or not isinstance(spec.stack, family.stack):
         return [f"its embedding is of kind {spec.embedding.kind}; {family.name} has {family.reads.kind}"] * (2 * FAR)  # type: ignore[attr-defined]
     if (spec.decoder is not None) != family.seq2seq:
         return [f"{family.name} has {_shape(family.seq2seq)}; this model has {_shape(not family.seq2seq)}"] * FAR
     head = spec.head is not None
-    if spec.head is not None and not (family.lm if spec.head.kind == "lm" else family.classifier):
-        return [f"its head is of kind {spec.head.kind}; {family.name} has none"] * FAR
     try:
         back = family.read(_plain(family.write(spec)), head)
     except BadInput as error:
         return [f"{family.name} cannot have this: {error}"] * FAR
-    found = list(_stack_differences(family.name, "", spec.stack, back.stack))
-    if spec.decoder is not None and back.decoder is not None:
-        found += _stack_differences(family.name, "decoder ", spec.decoder, back.decoder)
-    found += _named(family.name, "its embedding", _embedding(spec.embedding), _embedding(back.embedding))
-    if (spec.target is None) != (back.target is None):
-        found.append(f"its decoder {'shares the' if spec.target is None else 'has an'} embedding; {family.name} decoders do the opposite")
-    elif spec.target is not None and back.target is not None:
-        found += _named(family.name, "its decoder's embedding", _embedding(spec.target), _embedding(back.target))
-    if spec.head is not None and back.head is not None:
-        found += _named(family.name, "its head", _head(spec.head), _head(back.head))
-    if found:
-        return found
+    return _model_differences(family.name, spec, back) or _nameless(family, spec)
+
+
+def _tower_differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
+    """The same for two towers."""
+    if not isinstance(spec, TwoTowersSpec) or family.reads is not TwoTowersSpec:
+        return [f"{family.name} has {'two towers' if family.reads is TwoTowersSpec else 'one stack'}; this model has not"] * (2 * FAR)
+    try:
+        back: Any = family.read(family.write(spec), False)
+    except BadInput as error:
+        return [f"{family.name} cannot have this: {error}"] * FAR
+    found = [d for a, b in zip(spec.towers, back.towers, strict=True) for d in _model_differences(family.name, a, b)]
+    return found or _nameless(family, spec)
+
+
+def _nameless(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
+    """A tensor that the family has no name for."""
     try:
         family.pairs(spec)
     except BadInput as error:
         return [str(error)]
     return []
+
+
+def _model_differences(family: str, spec: ModelSpec, back: ModelSpec) -> list[str]:
+    found = list(_stack_differences(family, "", spec.stack, back.stack))
+    if spec.decoder is not None and back.decoder is not None:
+        found += _stack_differences(family, "decoder ", spec.decoder, back.decoder)
+    found += _named(family, "its embedding", _embedding(spec.embedding), _embedding(back.embedding))
+    if (spec.target is None) != (back.target is None):
+        found.append(f"its decoder {'shares the' if spec.target is None else 'has an'} embedding; {family} decoders do the opposite")
+    elif spec.target is not None and back.target is not None:
+        found += _named(family, "its decoder's embedding", _embedding(spec.target), _embedding(back.target))
+    if spec.head is not None and back.head is not None:
+        found += _named(family, "its head", _head(spec.head), _head(back.head))
+    elif spec.head is not None:
+        found.append(f"it has a head of kind {spec.head.kind}; {family} has none")
+    return found
 
 
 def _shape(seq2seq: bool) -> str:
@@ -150,11 +171,11 @@ def _embedding(spec: Any) -> dict[str, Any]:
 def _head(spec: HeadSpec) -> dict[str, Any]:
     found = {"kind": spec.kind, **_fields(spec)}
     if spec.kind == "lm":
-        found = {k: v for k, v in found.items() if k not in ("classes", "pool", "pool_norm")}
+        found = {k: v for k, v in found.items() if k not in ("classes", "pool", "pool_norm", "end_token")}
         if spec.transform is None:
             found = {k: v for k, v in found.items() if k not in ("norm", "norm_eps")}
     else:
-        found = {k: found[k] for k in ("kind", "classes", "pool", "pool_norm", "bias")} | (
+        found = {k: found[k] for k in ("kind", "classes", "size", "pool", "end_token", "pool_norm", "bias")} | (
             {"norm_eps": spec.norm_eps} if spec.pool_norm else {}
         )
     return found

@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, shapes_of
+from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, parts_of, shapes_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -146,7 +146,7 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
         spec = family.read(config, _has_head(family, folder, config))
         # Numbers that are none, or not whole, are found here and not inside a module that is built from them.
         spec = model_spec(spec_data(spec))
-        if isinstance(spec.embedding, TokenSpec) and spec.embedding.vocab is None:
+        if any(isinstance(part.embedding, TokenSpec) and part.embedding.vocab is None for part in parts_of(spec)):
             raise BadInput("config.json: vocab_size is missing")
         return family, spec
     except BadInput as error:
@@ -258,7 +258,8 @@ def _architecture(family: Family, spec: ModelSpec, origin: Origin | None) -> str
 
 def _same_width(family: Family, spec: ModelSpec, origin: Origin) -> bool:
     """Whether tensors that a model carries along still have the model's width."""
-    return family.read(origin.config, spec.head is not None).stack.width == spec.stack.width
+    before = family.read(origin.config, spec.head is not None)
+    return [part.stack.width for part in parts_of(before)] == [part.stack.width for part in parts_of(spec)]
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,9 @@ FAMILIES = {
     "beit": "layerwise.models.hf.beit:FAMILY",
     "resnet": "layerwise.models.hf.resnet:FAMILY",
     "bit": "layerwise.models.hf.bit:FAMILY",
+    "clip_text_model": "layerwise.models.hf.clip_text_model:FAMILY",
+    "clip_vision_model": "layerwise.models.hf.clip_vision_model:FAMILY",
+    "clip": "layerwise.models.hf.clip:FAMILY",
 }
 """In the order in which they are tried when a model is written: where two could hold it, the first does."""
 
