@@ -58,7 +58,7 @@ def differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
     return _model_differences(family.name, spec, back) or _nameless(family, spec)
 
 
-def _tower_differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
+def _tower_differences(family: Family, spec: Any) -> list[str]:
     """The same for two towers."""
     if not isinstance(spec, TwoTowersSpec) or family.reads is not TwoTowersSpec:
         return [f"{family.name} has {'two towers' if family.reads is TwoTowersSpec else 'one stack'}; this model has not"] * (2 * FAR)
@@ -70,7 +70,7 @@ def _tower_differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[
     return found or _nameless(family, spec)
 
 
-def _nameless(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
+def _nameless(family: Family, spec: Any) -> list[str]:
     """A tensor that the family has no name for."""
     try:
         family.pairs(spec)
