@@ -126,7 +126,7 @@ def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Annotate
 @app.command()
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder (ours or Hugging Face), a run folder or a preset.")],
-    data: Annotated[str, typer.Option("--data", help="Text to run through it.")] = "builtin:docs",
+    data: Annotated[str | None, typer.Option("--data", help="Text or images to run through it. Default: built-in ones.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Rows to run through it.")] = 64,
     length: Annotated[int, typer.Option("--length", min=2, help="Tokens a row.")] = 128,
     out: Annotated[Path | None, typer.Option("--out", help="The page to write. Default: inspect.html.")] = None,

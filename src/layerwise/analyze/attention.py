@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from layerwise.analyze.findings import Findings, Table
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
@@ -18,11 +16,11 @@ def layer_entropies(model: Model, data: Any, *, split: str = "validation", batch
     seen = 0
     with inference(model):
         for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
-            real = rows["attention_mask"].bool() if "attention_mask" in rows else torch.ones_like(rows["input_ids"], dtype=torch.bool)
+            real = rows["attention_mask"].bool() if "attention_mask" in rows else None
             for i in range(model.stack.depth):
                 maps = record(model, rows, attention=[i]).attention[i]
                 entropy = -(maps * maps.clamp(min=1e-30).log()).sum(dim=-1).mean(dim=1)
-                sums[i] += entropy[real].mean().item()
+                sums[i] += (entropy if real is None else entropy[real]).mean().item()
             seen += 1
     return [s / max(seen, 1) for s in sums]
 

@@ -9,8 +9,10 @@ from layerwise.analyze.cost import costs
 from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.analyze.gradients import gradient_norms
 from layerwise.analyze.similarity import angular_distance
+from layerwise.embed.patches import PatchEmbedding
 from layerwise.evaluate.batches import batches, split_of
 from layerwise.models.model import Model
+from layerwise.stack.spec import StackSpec
 
 
 def inspect(
@@ -18,24 +20,52 @@ def inspect(
 ) -> Findings:
     """Parameters, operations per token, angular distance, attention entropy and gradient norm of every layer.
 
+    A patch of an image is a token; operations of convolutions are counted per image, and they have neither an angle, since their maps
+    change size, nor attention.
+
     Args:
-        objective: whose gradients are shown (None: causal-lm for causal models, else masked-lm).
+        objective: whose gradients are shown (None: that of the model's head; without a head there are none).
     """
     rows = next(batches(split_of(data, split), 1, 1, model.device))
-    tokens = rows["input_ids"].numel()
+    unit, units = _units(model, rows)
     cost = costs(model, rows)
-    turned = angular_distance(model, data, split=split, samples=samples, batch=batch)
-    entropy = layer_entropies(model, data, split=split, batch=min(batch, 8))
-    gradients = gradient_norms(model, data, split=split, objective=objective or ("causal-lm" if model.causal else "masked-lm"), batch=batch)
-    norms = {row[0]: row[1] for row in gradients.tables[0].rows}
+    found, angles, entropy = Findings(), {}, {}
+    if isinstance(model.stack.spec, StackSpec):
+        found = angular_distance(model, data, split=split, samples=samples, batch=batch)
+        angles = {row[0]: row[1] for row in found.tables.pop(0).rows}
+        entropy = dict(enumerate(layer_entropies(model, data, split=split, batch=min(batch, 8))))
+    norms: dict[Cell, Cell] = {}
+    objective = objective or _objective(model)
+    if objective is not None:
+        gradients = gradient_norms(model, data, split=split, objective=objective, batch=batch)
+        norms = {row[0]: row[1] for row in gradients.tables[0].rows}
+        found.metrics |= gradients.metrics
     names = {-1: "embedding", model.stack.depth: "head"}
-    table: list[list[Cell]] = []
-    for i, c in cost.items():
-        inside = 0 <= i < model.stack.depth
-        angle = turned.tables[0].rows[i][1] if inside else None
-        table.append([names.get(i, i), c.params, round(c.flops / tokens), angle, entropy[i] if inside else None, norms.get(i)])
-    columns = ["layer", "parameters", "FLOPs per token", "angular distance", "attention entropy", "gradient norm"]
-    found = Findings(turned.metrics | gradients.metrics, [Table("Layers", columns, table), turned.tables[1]], turned.matrices)
+    table: list[list[Cell]] = [
+        [names.get(i, i), c.params, round(c.flops / units), angles.get(i), entropy.get(i), norms.get(i)] for i, c in cost.items()
+    ]
+    columns = ["layer", "parameters", f"FLOPs per {unit}", "angular distance", "attention entropy", "gradient norm"]
+    found.tables.insert(0, Table("Layers", columns, table))
     found.metrics["params"] = sum(c.params for c in cost.values())
-    found.metrics["flops_per_token"] = sum(c.flops for c in cost.values()) / tokens
+    found.metrics[f"flops_per_{unit}"] = sum(c.flops for c in cost.values()) / units
     return found
+
+
+def _units(model: Model, rows: dict[str, Any]) -> tuple[str, int]:
+    """What operations are counted by, and how many of them a batch holds."""
+    if "input_ids" in rows:
+        return "token", rows["input_ids"].numel()
+    if not isinstance(model.embedding, PatchEmbedding):
+        return "image", len(rows["pixel_values"])
+    down, right = model.embedding.grid(rows["pixel_values"])
+    return "token", len(rows["pixel_values"]) * (model.embedding.spec.prefix + down * right)
+
+
+def _objective(model: Model) -> str | None:
+    """What a model with such a head is trained for, as far as any data can tell."""
+    head = model.spec.head
+    if head is None or head.kind == "projection":
+        return None
+    if head.kind == "classifier":
+        return "classification"
+    return "causal-lm" if model.causal else "masked-lm"

@@ -28,18 +28,20 @@ def angle(a: Float[Tensor, "... width"], b: Float[Tensor, "... width"]) -> Float
 def distances(
     model: Model, data: Any, *, split: str = "train", samples: int = 256, batch: int = 16
 ) -> Float[Tensor, "boundaries boundaries"]:
-    """Mean angular distance d(l, m) between the stream entering layer l and that entering layer m, at each row's last real token.
+    """Mean angular distance d(l, m) between the stream entering layer l and that entering layer m, at each row's last real token (an image's class token).
 
     Boundary 0 is the embedding's output, boundary `depth` the last layer's output before the final norm; the matrix is
     symmetric with zero diagonal, (depth + 1, depth + 1), float64.
     Source: Gromov et al. 2024, "The Unreasonable Ineffectiveness of the Deeper Layers", equation 7 (arXiv 2403.17887).
     """
     depth = model.stack.depth
+    first = getattr(model.spec.embedding, "class_token", False)
     total = torch.zeros(depth + 1, depth + 1, dtype=torch.float64)
     seen = 0
     with inference(model):
         for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):
-            stream = torch.stack([_last(x, rows.get("attention_mask")) for x in record(model, rows, hidden="all", inputs=[0]).stream()])
+            whole = record(model, rows, hidden="all", inputs=[0]).stream()
+            stream = torch.stack([x[:, 0] if first else _last(x, rows.get("attention_mask")) for x in whole])
             total += angle(stream[:, None], stream[None, :]).sum(dim=-1).cpu()
             seen += stream.shape[1]
     return total / max(seen, 1)

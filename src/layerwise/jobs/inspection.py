@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import platform
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import tokenizers
 import torch
 
-from layerwise.analyze.findings import Findings
+from layerwise.analyze.findings import Findings, Table
 from layerwise.analyze.overview import inspect
-from layerwise.data.load import load_data
+from layerwise.data.load import Data, load_data
+from layerwise.data.resize import resized
 from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
@@ -20,47 +22,99 @@ from layerwise.infer.generate import generate
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.check import check_device
 from layerwise.jobs.receipt import Receipt
+from layerwise.jobs.run import filled
 from layerwise.models.checkpoint import save
 from layerwise.models.hf import export_hf
 from layerwise.models.load import load_any
+from layerwise.models.model import Model, build
 from layerwise.models.presets import PRESETS, preset
+from layerwise.models.spec import model_spec
+from layerwise.models.two_towers import TwoTowers
 from layerwise.report.page import write_inspect_page
+
+SOME_SIZE = (64, 64)
+"""Of the images that a network which reads any size is looked at with."""
 
 
 def inspect_model(
     source: str,
     *,
     page: Path,
-    text: str = "builtin:docs",
+    text: str | None = None,
     data_dir: Path | None = None,
     device: str = "cpu",
     samples: int = 64,
     length: int = 128,
 ) -> tuple[Findings, Path]:
-    """The table of a model's layers on some text, and the page about it.
+    """The table of a model's layers on some data, and the page about it. Of two towers each is looked at, the text's first.
 
     Args:
-        source: a folder or a preset's name. text: what runs through it, `samples` rows of `length` tokens.
+        source: a folder or a preset's name. text: what runs through it, `samples` rows of `length` tokens, or images, which are
+            made to fit the model (None: built-in text or digits).
         page: the HTML file to write.
     """
     check_device(device)
     fresh = source in PRESETS and not Path(source).is_dir()
     # A model that is not there is told before any text is read.
     model = None if fresh else load_any(source, device)
-    tokenizer = _tokenizer_file(source)
-    spec = DataSpec(source=text, length=length, tokenizer=TokenizerSpec(kind="file", path=str(tokenizer)) if tokenizer else TokenizerSpec())
-    data = load_data(spec, data_dir, cache_folder())
+    given = {"text": text, "data_dir": data_dir, "samples": samples, "length": length}
     if model is None:
-        model = load_any(source, device, embedding={**preset(source).get("embedding", {}), "vocab": data.vocab})
-    embedding = model.spec.embedding
-    if not isinstance(embedding, TokenSpec):
-        raise BadInput("inspect shows models that read text; this one reads images")
-    if data.vocab is not None and embedding.vocab is not None and data.vocab > embedding.vocab:
+        reads = preset(source).get("embedding", {})
+        data = _images(None, **given) if reads.get("kind") == "pixels" else _texts(source, None, **given)
+        model = build(filled(model_spec(preset(source)), data), device=device)
+        found = inspect(model, data, samples=samples)
+    elif isinstance(model, TwoTowers):
+        found = _joined(
+            inspect(model.text, _texts(source, model.text, **given), samples=samples),
+            inspect(model.image, _images(model.image, **given), samples=samples),
+        )
+    else:
+        data = _texts(source, model, **given) if isinstance(model.spec.embedding, TokenSpec) else _images(model, **given)
+        found = inspect(model, data, samples=samples)
+    return found, write_inspect_page(found.data(), page, title=Path(source).name, subtitle=f"{samples} rows")
+
+
+def _texts(source: str, model: Model | None, *, text: str | None, data_dir: Path | None, samples: int, length: int) -> Data:
+    """Rows of tokens that the model can read."""
+    embedding: Any = model.spec.embedding if model is not None else None
+    if embedding is not None and embedding.position == "learned":
+        length = min(length, embedding.max_length)
+    file = _tokenizer_file(source)
+    tokenizer = TokenizerSpec(kind="file", path=str(file)) if file else TokenizerSpec()
+    data = load_data(DataSpec(source=text or "builtin:docs", length=length, tokenizer=tokenizer), data_dir, cache_folder())
+    if data.kind != "text":
+        raise BadInput(f"the model reads text but {text} is {data.kind}")
+    if embedding is not None and data.vocab is not None and embedding.vocab is not None and data.vocab > embedding.vocab:
         raise BadInput(
             f"the tokenizer has {data.vocab} tokens but the model {embedding.vocab}: put the model's tokenizer.json into its folder"
         )
-    found = inspect(model, data, samples=samples)
-    return found, write_inspect_page(found.data(), page, title=Path(source).name, subtitle=f"{text}, {samples} rows of {length} tokens")
+    return data
+
+
+def _images(model: Model | None, *, text: str | None, data_dir: Path | None, samples: int, length: int) -> Data:
+    """Images that the model can read."""
+    data = load_data(DataSpec(source=text or "builtin:digits"), data_dir, cache_folder())
+    if data.kind != "images":
+        raise BadInput(f"the model reads images but {text} is {data.kind}")
+    if model is None:
+        return data
+    embedding: Any = model.spec.embedding
+    assert data.size is not None
+    head = model.spec.head
+    classes = head.classes if head is not None else None
+    return resized(data, channels=embedding.channels, size=embedding.size or SOME_SIZE, classes=classes, rows=max(samples, 64))
+
+
+def _joined(text: Findings, image: Findings) -> Findings:
+    """What was found in the text and the image tower, in one table and under names that tell them apart."""
+    parts = {"text": text, "image": image}
+    layers = [[f"{name} {row[0]}", *row[1:]] for name, found in parts.items() for row in found.tables[0].rows]
+    whole = Findings(tables=[Table("Layers", text.tables[0].columns, layers)])
+    for name, found in parts.items():
+        whole.metrics |= {f"{name}.{metric}": value for metric, value in found.metrics.items()}
+        whole.tables += [dataclasses.replace(table, title=f"{table.title} ({name})") for table in found.tables[1:]]
+        whole.matrices += [dataclasses.replace(matrix, title=f"{matrix.title} ({name})") for matrix in found.matrices]
+    return whole
 
 
 def continue_text(source: str, prompt: str, *, device: str = "cpu", **options: Any) -> str:
