@@ -57,24 +57,24 @@ def inspect_model(
     fresh = source in PRESETS and not Path(source).is_dir()
     # A model that is not there is told before any text is read.
     model = None if fresh else load_any(source, device)
-    given = {"text": text, "data_dir": data_dir, "samples": samples, "length": length}
     if model is None:
-        reads = preset(source).get("embedding", {})
-        data = _images(None, **given) if reads.get("kind") == "pixels" else _texts(source, None, **given)
+        pixels = preset(source).get("embedding", {}).get("kind") == "pixels"
+        data = _images(None, text, data_dir, samples) if pixels else _texts(source, None, text, data_dir, length)
         model = build(filled(model_spec(preset(source)), data), device=device)
         found = inspect(model, data, samples=samples)
     elif isinstance(model, TwoTowers):
         found = _joined(
-            inspect(model.text, _texts(source, model.text, **given), samples=samples),
-            inspect(model.image, _images(model.image, **given), samples=samples),
+            inspect(model.text, _texts(source, model.text, text, data_dir, length), samples=samples),
+            inspect(model.image, _images(model.image, text, data_dir, samples), samples=samples),
         )
+    elif isinstance(model.spec.embedding, TokenSpec):
+        found = inspect(model, _texts(source, model, text, data_dir, length), samples=samples)
     else:
-        data = _texts(source, model, **given) if isinstance(model.spec.embedding, TokenSpec) else _images(model, **given)
-        found = inspect(model, data, samples=samples)
+        found = inspect(model, _images(model, text, data_dir, samples), samples=samples)
     return found, write_inspect_page(found.data(), page, title=Path(source).name, subtitle=f"{samples} rows")
 
 
-def _texts(source: str, model: Model | None, *, text: str | None, data_dir: Path | None, samples: int, length: int) -> Data:
+def _texts(source: str, model: Model | None, text: str | None, data_dir: Path | None, length: int) -> Data:
     """Rows of tokens that the model can read."""
     embedding: Any = model.spec.embedding if model is not None else None
     if embedding is not None and embedding.position == "learned":
@@ -91,7 +91,7 @@ def _texts(source: str, model: Model | None, *, text: str | None, data_dir: Path
     return data
 
 
-def _images(model: Model | None, *, text: str | None, data_dir: Path | None, samples: int, length: int) -> Data:
+def _images(model: Model | None, text: str | None, data_dir: Path | None, samples: int) -> Data:
     """Images that the model can read."""
     data = load_data(DataSpec(source=text or "builtin:digits"), data_dir, cache_folder())
     if data.kind != "images":
