@@ -50,7 +50,7 @@ def inspect_model(
 
     Args:
         source: a folder or a preset's name. text: what runs through it, `samples` rows of `length` tokens, or images, which are
-            made to fit the model (None: built-in text or digits).
+            made to fit the model (None: built-in text or digits, which an image tower always gets).
         page: the HTML file to write.
     """
     check_device(device)
@@ -65,7 +65,7 @@ def inspect_model(
     elif isinstance(model, TwoTowers):
         found = _joined(
             inspect(model.text, _texts(source, model.text, text, data_dir, length), samples=samples),
-            inspect(model.image, _images(model.image, text, data_dir, samples), samples=samples),
+            inspect(model.image, _images(model.image, None, data_dir, samples), samples=samples),
         )
     elif isinstance(model.spec.embedding, TokenSpec):
         found = inspect(model, _texts(source, model, text, data_dir, length), samples=samples)

@@ -9,7 +9,7 @@ from typing import Any
 
 from layerwise.embed.spec import PatchSpec
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family, Rule, classes_of, pair_of, patches_of, stack_of
+from layerwise.models.hf.family import Family, Rule, classes_of, pair_of, patches_of, stack_of, stages
 from layerwise.models.hf.vit import CLASSIFIER, LAYERS, image_rules, read_image, write_image
 from layerwise.models.spec import HeadSpec, ModelSpec
 
@@ -61,6 +61,7 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         "use_shared_relative_position_bias": layer.position == "grid_shared",
         "layer_scale_init_value": layer.layer_scale or 0.0,
         "use_mean_pooling": not stack.final_norm,
+        **stages(stack.depth),
     }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from layerwise.embed.spec import StemSpec
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family, Rule, names, only
-from layerwise.models.hf.resnet import depths, placed, plain_of, pooled_classifier, stages, stem_of, whole
+from layerwise.models.hf.family import Family, Rule, names, only, stages
+from layerwise.models.hf.resnet import depths, placed, plain_of, pooled_classifier, stem_of, whole
 from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
 from layerwise.models.spec import ModelSpec
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from layerwise.embed.spec import PatchSpec
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family, Rule, classes_of, patches_of, stack_of
+from layerwise.models.hf.family import Family, Rule, classes_of, patches_of, stack_of, stages
 from layerwise.models.hf.layouts import ROW
 from layerwise.models.hf.vit import ATTENTION, CLASSIFIER, image_rules, read_image, write_image
 from layerwise.models.spec import HeadSpec, ModelSpec
@@ -61,6 +61,7 @@ def write_dinov2(spec: ModelSpec) -> dict[str, Any]:
         "use_swiglu_ffn": layer.gated,
         "layerscale_value": 1.0 if layer.layer_scale is None else layer.layer_scale,
         "drop_path_rate": layer.drop,
+        **stages(stack.depth),
     }
 
 

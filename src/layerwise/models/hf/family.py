@@ -266,3 +266,9 @@ def pair_of(value: Any) -> tuple[int, int]:
 def one_of(pair: tuple[int, int]) -> int | list[int]:
     """The same the other way: one number where both are equal."""
     return pair[0] if pair[0] == pair[1] else list(pair)
+
+
+def stages(count: int) -> dict[str, Any]:
+    """The names of so many stages, and that the last is the one that a backbone shows."""
+    named = ["stem", *(f"stage{i + 1}" for i in range(count))]
+    return {"stage_names": named, "out_features": named[-1:], "out_indices": [count]}

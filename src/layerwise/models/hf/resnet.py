@@ -6,7 +6,7 @@ from typing import Any
 
 from layerwise.embed.spec import StemSpec
 from layerwise.errors import BadInput
-from layerwise.models.hf.family import Family, Rule, classes_of, names, only
+from layerwise.models.hf.family import Family, Rule, classes_of, names, only, stages
 from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
 from layerwise.models.spec import HeadSpec, ModelSpec
 
@@ -93,12 +93,6 @@ def _write(spec: ModelSpec) -> dict[str, Any]:
         **labels,
         **stages(len(firsts)),
     }
-
-
-def stages(count: int) -> dict[str, Any]:
-    """The names of so many stages, and that the last is the one that a backbone shows."""
-    named = ["stem", *(f"stage{i + 1}" for i in range(count))]
-    return {"stage_names": named, "out_features": named[-1:], "out_indices": [count]}
 
 
 FAMILY = Family(
