@@ -188,7 +188,16 @@ def test_hidden_patches_are_replaced_by_the_mask_token(name, tmp_path):
     _close(made.hidden, reference.last_hidden_state, 1e-5)
 
 
-DROPPED = {"vit": [1], "deit-distilled": [0], "dinov2": [2], "beit": [1], "beit-shared-first": [0], "resnet": [1], "resnet-basic": [3], "bit": [3]}
+DROPPED = {
+    "vit": [1],
+    "deit-distilled": [0],
+    "dinov2": [2],
+    "beit": [1],
+    "beit-shared-first": [0],
+    "resnet": [1],
+    "resnet-basic": [3],
+    "bit": [3],
+}
 
 
 @pytest.mark.parametrize("name", DROPPED)

@@ -97,7 +97,11 @@ def test_one_stack_has_one_shared_bias():
 
 
 def test_a_grid_needs_patches():
-    data = {"embedding": {"vocab": 9}, "stack": {"depth": 1, "width": 8, "layer": {"heads": 2, "position": "grid", "grid": [2, 2]}}, "head": None}
+    data = {
+        "embedding": {"vocab": 9},
+        "stack": {"depth": 1, "width": 8, "layer": {"heads": 2, "position": "grid", "grid": [2, 2]}},
+        "head": None,
+    }
     with pytest.raises(ValueError, match="needs the patches of an image"):
         model_spec(data)
 
