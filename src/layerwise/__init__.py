@@ -23,6 +23,7 @@ _NAMES = {
     "depth_of": "layerwise.stack.depth:depth_of",
     "record": "layerwise.stack.record:record",
     "generate": "layerwise.infer.generate:generate",
+    "sentence_embeddings": "layerwise.infer.sentences:sentence_embeddings",
     "run": "layerwise.jobs.api:run",
     "load_data": "layerwise.jobs.api:prepared",
     "edit": "layerwise.edit:",

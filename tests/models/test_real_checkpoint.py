@@ -31,7 +31,7 @@ def test_an_export_loads_in_sentence_transformers_as_the_original_does(minilm, t
     assert (theirs == back).all()
 
 
-def test_files_beside_it_are_kept_unless_the_width_changes(minilm, tmp_path):
+def test_files_beside_it_are_kept_and_others_are_not_followed(minilm, tmp_path):
     out = export_hf(import_hf(minilm), tmp_path / "out")
     for name in ("modules.json", "1_Pooling/config.json"):
         assert json.loads((out / name).read_text()) == json.loads((minilm / name).read_text())
@@ -41,3 +41,24 @@ def test_files_beside_it_are_kept_unless_the_width_changes(minilm, tmp_path):
     (tmp_path / "linked" / "modules.json").symlink_to("/etc/hostname")
     (tmp_path / "linked" / "preprocessor_config.json").write_text("{not json")
     assert not import_hf(tmp_path / "linked").__dict__["origin"].sidecars
+
+
+def test_sentences_are_embedded_as_sentence_transformers_does(minilm):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    made = sentence_embeddings(import_hf(minilm), tokenizer, SENTENCES, batch=2)
+    theirs = sentence_transformers.SentenceTransformer(str(minilm), device="cpu").encode(SENTENCES, convert_to_tensor=True)
+    torch.testing.assert_close(made, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_example_job_drops_a_layer_heals_and_exports(minilm, tmp_path):
+    """The job of docs/real-checkpoint.md, with two steps of healing."""
+    transformers = pytest.importorskip("transformers")
+    job = Path(__file__).resolve().parents[2] / "docs" / "examples" / "minilm.yaml"
+    few = {"data.documents": 20, "data.length": 16, "seeds": [0], "stages.heal.steps": 2, "stages.heal.batch": 2}
+    few |= {"stages.turn.samples": 4, "stages.cut.samples": 4, "variants": {"angular": {}, "random": {"stages.cut.rule": "random"}}}
+    few |= {"stages.dropped.batches_at_most": 1, "stages.healed.batches_at_most": 1}
+    receipt = run(job, tmp_path / "run", settings=few | {"model.load": str(minilm), "data.tokenizer.path": str(minilm)})
+    assert 0 < receipt.metrics["angular"]["dropped.cosine"]["0"] < 1
+    back = transformers.AutoModel.from_pretrained(tmp_path / "run" / "exports" / "angular" / "seed-0")
+    assert back.config.num_hidden_layers == 5

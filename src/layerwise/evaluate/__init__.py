@@ -10,6 +10,7 @@ EVALUATIONS = {
     "language-modeling": "layerwise.evaluate.language:language_modeling",
     "masked-lm": "layerwise.evaluate.language:masked_language_modeling",
     "classification": "layerwise.evaluate.accuracy:classification",
+    "embedding-agreement": "layerwise.evaluate.agreement:embedding_agreement",
     "multiple-choice": "layerwise.evaluate.choice:multiple_choice",
 }
 

@@ -97,7 +97,7 @@ def _rehearsed(plan: Plan) -> Iterator[Stage]:
     for i, stage in enumerate(plan.stages):
         with _prefixed(f"stages.{stage.name}: "):
             _check_head(stage, spec, plan)
-            check_references(stage, plan.stages[:i])
+            check_references(stage, plan.stages[:i], plan.model)
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
             elif isinstance(stage.spec, Export):

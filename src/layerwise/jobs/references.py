@@ -1,4 +1,5 @@
-"""Options that name a model: `teacher: stage:whole` is the model as stage `whole` left it, anything else a checkpoint's folder."""
+"""Options that name a model: `teacher: stage:whole` is the model as stage `whole` left it, `start` the one the job loads, anything else
+a checkpoint's folder."""
 
 from __future__ import annotations
 
@@ -11,12 +12,13 @@ from layerwise.errors import BadInput
 from layerwise.files import sha256
 from layerwise.jobs.schema import Stage
 from layerwise.models.load import described
+from layerwise.models.spec import ModelSpec
 from layerwise.table import nearest
 from layerwise.train.spec import TrainSpec
 
 MODELS = ("teacher", "other")
 """Options that hold a model, in whatever objective, edit or analysis has one of these names."""
-STAGE = "stage:"
+STAGE, START = "stage:", "start"
 
 
 def references(stage: Stage) -> dict[str, str]:
@@ -25,7 +27,7 @@ def references(stage: Stage) -> dict[str, str]:
     return {name: str(options[name]) for name in MODELS if options.get(name) is not None}
 
 
-def check_references(stage: Stage, earlier: Sequence[Stage]) -> None:
+def check_references(stage: Stage, earlier: Sequence[Stage], model: ModelSpec | Path) -> None:
     """Refuse a reference to a stage that leaves no model before this one, or to a folder that holds none.
 
     Raises:
@@ -38,6 +40,11 @@ def check_references(stage: Stage, earlier: Sequence[Stage]) -> None:
                 raise BadInput(
                     f"{name}: no earlier stage '{wanted}' leaves a model.{nearest(wanted, leave)} Stages that do: {', '.join(leave) or 'none'}."
                 )
+        elif what == START:
+            if not isinstance(model, Path):
+                raise BadInput(
+                    f"{name}: '{START}' is the model that a job loads; this job builds one: name a stage that trains it (stage:NAME)"
+                )
         elif not Path(what).is_dir():
             raise BadInput(f"{name}: there is no folder {what}; give a checkpoint's folder, or stage:NAME for the model as a stage left it")
         else:
@@ -45,8 +52,8 @@ def check_references(stage: Stage, earlier: Sequence[Stage]) -> None:
 
 
 def resolved(stage: Stage, models: Mapping[str, Path]) -> Stage:
-    """The stage with folders in place of names of stages; `models` has the folder that every earlier stage left its model in."""
-    found = {name: str(models[what.removeprefix(STAGE)]) for name, what in references(stage).items() if what.startswith(STAGE)}
+    """The stage with folders in place of names; `models` has the folder of `start` and of the model that every earlier stage left."""
+    found = {name: str(models[what.removeprefix(STAGE)]) for name, what in references(stage).items() if _within(what)}
     if not found:
         return stage
     if isinstance(stage.spec, TrainSpec):
@@ -55,6 +62,10 @@ def resolved(stage: Stage, models: Mapping[str, Path]) -> Stage:
 
 
 def contents(stage: Stage) -> list[Any]:
-    """Digests of the folders that a stage names: its result depends on what is in them. (A stage's model is in the cache key already.)"""
-    folders = [Path(what) for what in references(stage).values() if not what.startswith(STAGE)]
+    """Digests of the folders that a stage names: its result depends on what is in them. (Models of the job itself are in the key already.)"""
+    folders = [Path(what) for what in references(stage).values() if not _within(what)]
     return [sha256(p) for folder in folders for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def _within(what: str) -> bool:
+    return what == START or what.startswith(STAGE)

@@ -28,7 +28,7 @@ from layerwise.jobs.console import Progression
 from layerwise.jobs.journal import LOCK, Journal, claimed, read_lines
 from layerwise.jobs.meter import metered
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
-from layerwise.jobs.references import contents, resolved
+from layerwise.jobs.references import START, contents, resolved
 from layerwise.jobs.schema import Job, Plan, Stage, read_job
 from layerwise.jobs.stages import run_stage
 from layerwise.jobs.yamlfile import read_yaml
@@ -321,7 +321,7 @@ class _Runner:
         if isinstance(plan.model, Path):
             folder = plan.model
             files = {str(p.relative_to(folder)): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-            return _Arm(digest(["load", files]), lambda: load_any(folder, self.device))
+            return _Arm(digest(["load", files]), lambda: load_any(folder, self.device), {START: folder})
         spec = filled(plan.model, data)
         return _Arm(digest(["build", spec_data(spec), seed]), lambda: build(spec, seed, self.device))
 
