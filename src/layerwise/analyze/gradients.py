@@ -11,6 +11,7 @@ from layerwise.analyze.findings import Findings, Table
 from layerwise.evaluate.batches import batches, split_of
 from layerwise.objectives import OBJECTIVES
 from layerwise.stack.depth import depth_of
+from layerwise.stack.sharding import whole
 from layerwise.table import lookup
 
 
@@ -22,7 +23,7 @@ def depth_gradient_norms(model: nn.Module) -> dict[int, float]:
         if parameter.grad is not None:
             square = parameter.grad.detach().float().square().sum()
             squares[depths[name]] = squares.get(depths[name], torch.zeros_like(square)) + square
-    return {i: s.sqrt().item() for i, s in sorted(squares.items())}
+    return {i: whole(s).sqrt().item() for i, s in sorted(squares.items())}
 
 
 def gradient_norms(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.stack.depth import depth_of
+from layerwise.stack.sharding import whole
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> float:
@@ -24,7 +25,7 @@ def kernels_by_depth(model: nn.Module) -> dict[int, Tensor]:
     parts: dict[int, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            parts.setdefault(depths[name], []).append(parameter.detach().flatten())
+            parts.setdefault(depths[name], []).append(whole(parameter.detach()).flatten())
     return {i: torch.cat(p) for i, p in sorted(parts.items())}
 
 

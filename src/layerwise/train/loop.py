@@ -16,22 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from layerwise.analyze.findings import Findings
 from layerwise.data.order import Order
-from layerwise.errors import Diverged, LayerwiseError
+from layerwise.errors import BadInput, Diverged
 from layerwise.evaluate.batches import batches, inference
 from layerwise.objectives import OBJECTIVES
 from layerwise.objectives.loss import Loss
 from layerwise.optim.groups import make_optimizer, set_lr
 from layerwise.optim.schedule import factor
 from layerwise.stack.context import Around
+from layerwise.stack.sharding import whole
 from layerwise.table import lookup
-from layerwise.train.checkpoint import load_state, optimizer_tensors, restore_optimizer, save_state
+from layerwise.train.checkpoint import Saver, load_state, optimizer_tensors, restore, restore_optimizer
+from layerwise.train.parallel import gathered, processes, shards, spread, summed, waiting
 from layerwise.train.policies import POLICIES, Policy
+from layerwise.train.ranks import in_touch, join
+from layerwise.train.recompute import Recompute
 from layerwise.train.spec import TrainSpec
 
 CHECKPOINT_SECONDS = 60.0
@@ -92,12 +97,16 @@ class Listener:
 
 @dataclass
 class Trained:
-    """What a training stage leaves: metrics and tables in `findings`, time, tokens seen."""
+    """What a training stage leaves: metrics and tables in `findings`, time, tokens seen, the model.
+
+    The model is the one that was given, but after sharded training a whole one again, on rank 0's CPU (elsewhere without values).
+    """
 
     findings: Findings
     seconds: float
     steps: int
     tokens: int
+    model: Any
 
 
 def train(
@@ -110,7 +119,7 @@ def train(
     folder: Path | None = None,
     listener: Listener | None = None,
 ) -> Trained:
-    """Train `model` in place.
+    """Train `model` in place, with as many processes as the launcher started; all of them call this.
 
     Args:
         data: a `layerwise.data.load.Data`; its `train` split is used.
@@ -119,31 +128,37 @@ def train(
         folder: where checkpoints go; training continues from the newest whole one there. None keeps none.
 
     Raises:
+        BadInput: the batch cannot be shared out among the processes.
         Diverged: the loss or the gradient is not finite, or the loss has run away; the last good checkpoint stays.
         LayerwiseError: a checkpoint could not be written, or another process of the run is gone.
         KeyboardInterrupt: Ctrl-C (or a polite kill), after a checkpoint was written.
     """
     listener = listener or Listener()
+    here, device = join(device)
+    if spec.batch % (spec.accumulate * here.world):
+        raise BadInput(f"batch ({spec.batch}) must be a multiple of accumulate x processes ({spec.accumulate} x {here.world})")
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="bf16" if spec.precision == "bf16" else "no")
     objective = lookup(OBJECTIVES, spec.objective, "objective")(data, **spec.options).to(accelerator.device)
-    model.to(accelerator.device).train()
-    run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
+    if not shards(spec):
+        model.to(accelerator.device)  # a shard goes there by itself, layer by layer
+    model.train()
+    step_module = TrainStep(model, objective)
     policies = [lookup(POLICIES, p["name"], "policy")(**{k: v for k, v in p.items() if k != "name"}) for p in spec.policies]
+    if shards(spec):
+        step_module = spread(step_module, model, spec, accelerator.device, skips=False)
+    run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
     for policy in policies:
         policy.start(run)
-    if spec.compile:
-        for layer in model.stack.layers:
-            layer.compile()
-    step_module = TrainStep(model, objective)
     run.optimizer = make_optimizer(step_module, spec.optimizer)
-    names = list(step_module.state_dict())
-    wrapped, run.optimizer = accelerator.prepare(step_module, run.optimizer)
+    skips = any(policy.around for policy in policies) or any(getattr(layer.spec, "drop", 0) for layer in model.stack.layers)
+    wrapped = step_module if shards(spec) else spread(step_module, model, spec, accelerator.device, skips=skips)
     window = _Window()
     if folder is not None:
         _resume(folder, run, step_module, policies, window)
-    loop = _Loop(accelerator, wrapped, run, policies, window, folder, names)
-    with _polite_stop() as stop, _told_of_lost_peers(loop.world):
+    saver = Saver(folder, listener.say) if folder is not None else None
+    loop = _Loop(accelerator, wrapped, step_module, run, policies, window, saver)
+    with in_touch(here), saver or contextlib.nullcontext(), compiled(model, spec.compile), _polite_stop(here.world == 1) as stop:
         loop.run(stop)
     for policy in policies:
         policy.end(run)
@@ -155,7 +170,7 @@ def train(
             found.metrics |= more.metrics
             found.tables += more.tables
             found.matrices += more.matrices
-    return Trained(found, run.seconds, run.step, run.tokens)
+    return Trained(found, run.seconds, run.step, run.tokens, gathered(model))
 
 
 @dataclass
@@ -172,6 +187,19 @@ class _Window:
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().float().item()
         self.count += float(loss.count)
 
+    def meet(self, device: torch.device) -> None:
+        """Put the sums of all processes together, in all of them."""
+        if processes() == 1:
+            return
+        names = sorted(self.sums)
+        *sums, self.count = summed([*(self.sums[name] for name in names), self.count], device).tolist()
+        self.sums = dict(zip(names, sums, strict=True))
+
+    def leave_to_leader(self) -> None:
+        """After `meet`, where the window stays open: the leader keeps the sums, so that they count once."""
+        if processes() > 1 and dist.get_rank() > 0:
+            self.sums, self.count = dict.fromkeys(self.sums, 0.0), 0.0
+
     def close(self) -> dict[str, float]:
         means = {name: value / max(self.count, 1) for name, value in self.sums.items()}
         self.sums, self.count = {}, 0.0
@@ -185,34 +213,30 @@ class _Loop:
         self,
         accelerator: Accelerator,
         module: nn.Module,
+        inner: nn.Module,
         run: Run,
         policies: list[Policy],
         window: _Window,
-        folder: Path | None,
-        names: list[str],
+        saver: Saver | None,
     ) -> None:
-        self.accelerator, self.module, self.run_, self.policies, self.window, self.folder = (
-            accelerator,
-            module,
-            run,
-            policies,
-            window,
-            folder,
-        )
-        self.names = names
+        self.accelerator, self.module, self.inner, self.run_ = accelerator, module, inner, run
+        self.policies, self.window, self.saver = policies, window, saver
         self.order = Order(len(run.data.train), run.spec.batch, run.seed)
         self.generator = torch.Generator(device=run.device)
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.augment = getattr(run.data, "augment", None)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
+        self.recompute = (Recompute(run.spec.recompute, (getattr(run.model, "decoder", None) or run.model.stack).depth),) if run.spec.recompute else ()
         self.saved_at = time.monotonic()
+        # What all processes agree on in a step, see `_agree`.
+        self.stopping = self.due = False
 
     def run(self, stop: threading.Event) -> None:
         run, spec = self.run_, self.run_.spec
         shown: dict[str, float] = {}
         while run.step < run.total:
             began = time.monotonic()
-            norm = self._step()
+            norm = self._step(stop)
             run.step += 1
             for policy in self.policies:
                 policy.after_step(run)
@@ -225,12 +249,14 @@ class _Loop:
                 run.listener.metrics({"step": run.step, **run.pending})
                 run.pending = {}
             run.listener.progress(run.step, run.total, shown)
-            if self._due(stop.is_set()):
+            if self.world == 1:
+                self.stopping, self.due = stop.is_set(), self._time_is_up()
+            if self._wanted():
                 self._save()
-            if stop.is_set() and run.step < run.total:
+            if self.stopping and run.step < run.total:
                 raise KeyboardInterrupt
 
-    def _step(self) -> Tensor:
+    def _step(self, stop: threading.Event) -> Tensor:
         """One optimizer step; returns the gradient norm before clipping."""
         run, spec = self.run_, self.run_.spec
         set_lr(run.optimizer, factor(spec.schedule, run.step, run.total))
@@ -239,7 +265,7 @@ class _Loop:
         self.generator.manual_seed(seed + self.rank)
         for policy in self.policies:
             policy.before_step(run)
-        around = tuple(a for policy in self.policies for a in policy.around)
+        around = (*(a for policy in self.policies for a in policy.around), *self.recompute)
         rows = self.order.indices(run.step)
         # Alone, one micro-batch is divided by its own count. Several micro-batches or processes are divided by one number
         # they all know beforehand, and the exact count puts it right once the gradients are together.
@@ -248,19 +274,19 @@ class _Loop:
         counted: Tensor | None = None
         for i, micro in enumerate(rows.chunk(spec.accumulate)):
             batch = self._batch(micro[self.rank :: self.world])
-            waiting = i < spec.accumulate - 1
-            with self.accelerator.no_sync(self.module) if waiting else contextlib.nullcontext(), self.accelerator.autocast():
-                loss = self.module(batch, self.generator, around)
-                self.accelerator.backward(loss.total / (loss.count.clamp(min=1) if alone else usual))
+            with waiting(self.module, i < spec.accumulate - 1):
+                with self.accelerator.autocast():
+                    loss = self.module(batch, self.generator, around)
+                (loss.total / (loss.count.clamp(min=1) if alone else usual)).backward()
             counted = loss.count if counted is None else counted + loss.count
             self.window.add(loss)
             run.tokens += micro.numel() * (getattr(run.data.train, "tokens_per_row", 0) or 1)
         if not alone and counted is not None:
-            self._rescale(usual, counted)
+            self._rescale(usual, self._agree(counted, stop))
         for policy in self.policies:
             policy.after_backward(run)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
         if run.device.type == "cpu" and not torch.isfinite(norm):
             self._diverged("the gradient is not finite")
         if spec.clip is not None:
@@ -269,10 +295,17 @@ class _Loop:
         run.optimizer.zero_grad()
         return norm
 
-    def _rescale(self, usual: float, counted: Tensor) -> None:
-        """Gradients were divided by `usual`, and averaged over processes by DDP: make them the exact mean over all items."""
-        everyone = self.accelerator.reduce(counted.clone(), "sum")
-        scale = usual * self.world / max(float(everyone), 1.0)
+    def _agree(self, counted: Tensor, stop: threading.Event) -> float:
+        """The items of all processes, and with them whether one of them was told to stop or finds a checkpoint due."""
+        if self.world == 1:
+            return float(counted)
+        everyone, stopping, due = summed([float(counted), float(stop.is_set()), float(self._time_is_up())], self.run_.device).tolist()
+        self.stopping, self.due = stopping > 0, due > 0
+        return everyone
+
+    def _rescale(self, usual: float, everyone: float) -> None:
+        """Gradients were divided by `usual`, and averaged over processes by DDP or FSDP: make them the exact mean over all items."""
+        scale = usual * self.world / max(everyone, 1.0)
         torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], scale)
 
     def _batch(self, rows: Tensor) -> dict[str, Tensor]:
@@ -281,6 +314,7 @@ class _Loop:
 
     def _log(self, norm: Tensor) -> dict[str, float]:
         run, spec = self.run_, self.run_.spec
+        self.window.meet(run.device)
         values = self.window.close()
         if not torch.isfinite(norm) or values["loss"] != values["loss"]:
             self._diverged("the loss or the gradient is not finite")
@@ -297,32 +331,34 @@ class _Loop:
         total = count = 0.0
         with inference(run.model):
             for batch in batches(run.data.validation, run.spec.batch, run.spec.val_batches, run.device):
-                loss = run.objective(run.model, batch, generator)
+                loss = self.module(batch, generator, ())  # as a whole: shards are gathered from there
                 total, count = total + loss.total.item(), count + float(loss.count)
         return total / max(count, 1)
 
-    def _due(self, stopping: bool) -> bool:
+    def _time_is_up(self) -> bool:
+        return self.run_.spec.checkpoint_every is None and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+
+    def _wanted(self) -> bool:
         run = self.run_
-        if self.folder is None or run.step == run.total:
+        if self.saver is None or run.step == run.total:
             return False
         every = run.spec.checkpoint_every
-        return stopping or (run.step % every == 0 if every else time.monotonic() - self.saved_at > CHECKPOINT_SECONDS)
+        return self.stopping or (run.step % every == 0 if every else self.due)
 
     def _save(self) -> None:
-        assert self.folder is not None
+        assert self.saver is not None
         run = self.run_
-        inner = self.accelerator.unwrap_model(self.module)
-        tensors = {f"model.{n}": t for n, t in inner.state_dict().items()}
+        self.window.meet(run.device)
+        self.window.leave_to_leader()
+        tensors = {f"model.{n}": t for n, t in self.inner.state_dict().items()}
         tensors |= {f"optimizer.{n}": t for n, t in optimizer_tensors(run.optimizer).items()}
         for i, policy in enumerate(self.policies):
             tensors |= {f"policy.{i}.{n}": t for n, t in policy.state().items()}
-        meta = {"seconds": run.seconds, "tokens": run.tokens, "window": vars(self.window), "pending": run.pending}
-        if self.accelerator.is_main_process:
-            save_state(self.folder, run.step, tensors, meta)
+        self.saver.save(run.step, tensors, {"seconds": run.seconds, "tokens": run.tokens, "window": vars(self.window), "pending": run.pending})
         self.saved_at = time.monotonic()
 
     def _diverged(self, what: str) -> None:
-        kept = "the last good checkpoint is kept" if self.folder is not None else "no checkpoint was asked for"
+        kept = "the last good checkpoint is kept" if self.saver is not None else "no checkpoint was asked for"
         raise Diverged(
             f"training diverged at step {self.run_.step}: {what}; {kept}. Lower the learning rate, lengthen the warm-up or clip gradients."
         )
@@ -333,45 +369,43 @@ def _resume(folder: Path, run: Run, module: nn.Module, policies: list[Policy], w
     if found is None:
         return
     tensors, meta = found
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind, rest = name.split(".", 1)
-        parts.setdefault(kind, {})[rest] = tensor
-    module.load_state_dict(parts["model"])
-    restore_optimizer(run.optimizer, parts.get("optimizer", {}))
+    restore(module.state_dict(), tensors.below("model"))
+    restore_optimizer(run.optimizer, tensors.below("optimizer"))
     for i, policy in enumerate(policies):
-        prefix = f"{i}."
-        policy.load_state({n.removeprefix(prefix): t for n, t in parts.get("policy", {}).items() if n.startswith(prefix)})
+        kept = tensors.below(f"policy.{i}")
+        policy.load_state({name: kept.read(name) for name in kept.names})
     run.step, run.seconds, run.tokens, run.pending = meta["step"], meta["seconds"], meta["tokens"], meta["pending"]
     vars(window).update(meta["window"])
+    window.leave_to_leader()
     run.listener.say(f"continuing from step {run.step} of {run.total}")
 
 
 @contextlib.contextmanager
-def _told_of_lost_peers(world: int) -> Iterator[None]:
-    """What the communication library says when another process is gone, in words."""
+def compiled(model: Any, wanted: bool) -> Iterator[None]:
+    """Every layer compiled inside the block. What wraps a layer (recomputation, gathering of shards) stays outside of it."""
+    layers = list(dict.fromkeys(model.stack.layers)) if wanted else []
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
     try:
         yield
-    except RuntimeError as error:
-        # Gloo's errors have no class of their own.
-        if world == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        raise LayerwiseError(
-            "another process of this run ended or cannot be reached; the run stops, its last checkpoint is kept: "
-            f"start all its processes again to go on ({str(error).splitlines()[0][:200]})"
-        ) from error
+    finally:
+        for layer in layers:
+            del layer.forward
 
 
 @contextlib.contextmanager
-def _polite_stop() -> Iterator[threading.Event]:
-    """Ctrl-C and a polite kill end training after the current step; a second one ends it at once."""
+def _polite_stop(alone: bool = True) -> Iterator[threading.Event]:
+    """Ctrl-C and a polite kill end training after the current step; a second one ends it at once.
+
+    Of several processes the launcher passes the signal on, so a second one means nothing; it also kills those that do not end.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def handle(number: int, frame: Any) -> None:
-        if stop.is_set():
+        if stop.is_set() and alone:
             raise KeyboardInterrupt
         stop.set()
 

@@ -22,6 +22,10 @@ class TrainSpec:
         clip: largest gradient norm; None does not clip.
         precision: `bf16` runs matrix products in bfloat16 under autocast, weights stay float32.
         compile: compile every layer with `torch.compile`.
+        recompute: layers whose inner activations are not kept but computed again in the backward pass: all (True), none, or
+            indices and slices (`["::2"]`). Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost".
+        parallel: with several processes, `ddp` keeps a replica of everything in each, `fsdp` a share of every parameter,
+            gradient and optimizer state. One process takes no notice.
         policies: what acts on the run from outside, each `{name: ..., option: ...}`; see `layerwise.train.policies`.
         log_every: steps between logged values. val_every: steps between measurements of the validation loss (0: never),
             over val_batches batches.
@@ -40,6 +44,8 @@ class TrainSpec:
     clip: float | None = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    recompute: bool | tuple[str | int, ...] = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     policies: tuple[dict[str, Any], ...] = ()
     log_every: int = 10
     val_every: int = 0

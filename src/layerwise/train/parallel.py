@@ -1,0 +1,109 @@
+"""One step on many devices: replicas (DDP) or shards (FSDP2), put on from outside; the model's code knows of neither.
+
+Sources: Li et al. 2020, "PyTorch Distributed" (DDP); Zhao et al. 2023, "PyTorch FSDP"; `torch.distributed.fsdp.fully_shard`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from layerwise.models.checkpoint import assemble, origin_of, with_origin
+from layerwise.models.model import Model
+from layerwise.stack.depth import view
+from layerwise.stack.sharding import whole
+from layerwise.train.spec import TrainSpec
+
+
+def processes() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def shards(spec: TrainSpec) -> bool:
+    """Whether a stage cuts its model into shards: it asks for it and there is more than one process."""
+    return spec.parallel == "fsdp" and processes() > 1
+
+
+def shard(module: nn.Module, spec: TrainSpec, *, root: bool = False) -> None:
+    """Cut a layer's parameters by rows over all processes; the whole ones are given up.
+
+    In bfloat16 training, layers are gathered as bfloat16; what stands outside them (embedding, head: `root`) stays float32,
+    so that the residual stream is what it is on one device. Gradients are summed in float32.
+    """
+    if isinstance(module, FSDPModule) or not any(True for _ in module.parameters()):
+        return
+    low = spec.precision == "bf16" and not root
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
+    device = next(module.parameters()).device.type
+    fully_shard(module, mesh=init_device_mesh("cuda" if device == "cuda" else "cpu", (processes(),)), mp_policy=policy)
+
+
+def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.device, *, skips: bool) -> nn.Module:
+    """`step` (model and objective as one module) ready to run on every process.
+
+    Args:
+        skips: layers may be skipped in a step, so their parameters get no gradient.
+    """
+    if processes() == 1:
+        return step
+    if shards(spec):
+        for layer in dict.fromkeys(view(model).layers):
+            shard(layer, spec)
+        shard(step, spec, root=True)
+        return step
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(step, device_ids=ids, find_unused_parameters=skips)
+
+
+def waiting(module: nn.Module, wait: bool) -> contextlib.AbstractContextManager[Any]:
+    """A micro-batch whose gradients wait for those of the next ones before processes exchange them."""
+    if isinstance(module, DistributedDataParallel) and wait:
+        return module.no_sync()
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(not wait)
+    return contextlib.nullcontext()
+
+
+def summed(values: list[float] | Tensor, device: torch.device) -> Tensor:
+    """The sum over all processes, float64."""
+    total = torch.as_tensor(values, dtype=torch.float64).to(device)
+    if processes() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def gathered(model: Model) -> Model:
+    """A sharded model as a whole one on the CPU of rank 0; the other processes take part and get it without values.
+
+    The tensors come one after the other, so that a device holds no more than its shards and one whole tensor.
+    """
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model
+    keeps = dist.get_rank() == 0
+    tensors: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, held in _held(model):
+        if id(held) in first:
+            shared[name] = first[id(held)]
+            continue
+        first[id(held)] = name
+        full = whole(held.detach())
+        tensors[name] = full.cpu() if keeps else torch.empty_like(full, device="meta")
+    made = assemble(model.spec, tensors, shared, None, "the trained model")
+    return with_origin(made, origin_of(model))
+
+
+def _held(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Names and tensors of a state dict, as the module holds them, so that a tensor with two names is known by its identity."""
+    inside = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return [(name, inside[name]) for name in model.state_dict()]
