@@ -1,9 +1,14 @@
-"""One rank of `test_ranks.py`: trains a small model on ragged rows and writes its weights. Arguments: text folder, output, accumulate."""
+"""One rank of `test_ranks.py`: trains a small model on ragged rows and writes its weights. Arguments: text folder, output, options.
 
+Options are JSON: `spec` (of training), `layer`, `folder` (of checkpoints), `stop` (fail after so many steps).
+"""
+
+import json
 import sys
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 
 from layerwise.data.load import load_data
@@ -11,12 +16,11 @@ from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
-from layerwise.optim.spec import OptimizerSpec
-from layerwise.train.loop import train
+from layerwise.train.loop import Listener, train
 from layerwise.train.spec import TrainSpec
 
 torch.set_num_threads(1)
-source, out, accumulate = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+source, out, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 data = load_data(DataSpec(source=f"path:{source}", length=32, tokenizer=TokenizerSpec("bytes")))
 plain = data.train.batch
 
@@ -33,8 +37,22 @@ def ragged(index):
 data.train.batch = ragged
 described = preset("decoder")
 described["stack"] |= {"depth": 2, "width": 16}
-described["stack"]["layer"] |= {"heads": 2}
+described["stack"]["layer"] |= {"heads": 2, **options.get("layer", {})}
 described["embedding"] = {"vocab": data.vocab}
 model = build(model_spec(described)).double()
-train(model, data, TrainSpec("causal-lm", steps=4, batch=8, accumulate=accumulate, optimizer=OptimizerSpec("sgd", lr=0.1)), seed=1)
-save_file(model.state_dict(), out)
+
+
+class Stops(Listener):
+    def progress(self, step, total, values):
+        if step == options.get("stop"):
+            raise SystemExit(0)
+
+    def say(self, message):
+        print(message, flush=True)
+
+
+spec = {"objective": "causal-lm", "steps": 4, "batch": 8, "optimizer": {"name": "sgd", "lr": 0.1}} | options.get("spec", {})
+folder = Path(options["folder"]) if "folder" in options else None
+trained = train(model, data, TypeAdapter(TrainSpec).validate_python(spec), seed=1, folder=folder, listener=Stops())
+values = {f"found.{k}": torch.tensor(v) for k, v in trained.findings.metrics.items()}
+save_file({n: t for n, t in trained.model.state_dict().items() if not t.is_meta} | values, out)

@@ -222,7 +222,10 @@ def load_state(folder: Path, say: Callable[[str], None]) -> tuple[State, dict[st
                 _read(path)
                 return path.name
             except (BadInput, OSError, ValueError) as error:
-                say(f"{error}; " + (f"going back to the checkpoint before it, {found[i - 1].name}" if i else "no other is left: starting anew"))
+                say(
+                    f"{error}; "
+                    + (f"going back to the checkpoint before it, {found[i - 1].name}" if i else "no other is left: starting anew")
+                )
         return None
 
     chosen = ranks().decided(choose)
@@ -267,5 +270,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, kept: State) -> None:
         like = parameter.shape == kept.shape(name) and parameter.dim() > 0
         state.setdefault(int(i), {})[key] = kept.read_like(name, parameter) if like else kept.read(name)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-

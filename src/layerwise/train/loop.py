@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from layerwise.analyze.findings import Findings
 from layerwise.data.order import Order
@@ -226,7 +227,9 @@ class _Loop:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.augment = getattr(run.data, "augment", None)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.recompute = (Recompute(run.spec.recompute, (getattr(run.model, "decoder", None) or run.model.stack).depth),) if run.spec.recompute else ()
+        self.recompute = (
+            (Recompute(run.spec.recompute, (getattr(run.model, "decoder", None) or run.model.stack).depth),) if run.spec.recompute else ()
+        )
         self.saved_at = time.monotonic()
         # What all processes agree on in a step, see `_agree`.
         self.stopping = self.due = False
@@ -333,6 +336,8 @@ class _Loop:
             for batch in batches(run.data.validation, run.spec.batch, run.spec.val_batches, run.device):
                 loss = self.module(batch, generator, ())  # as a whole: shards are gathered from there
                 total, count = total + loss.total.item(), count + float(loss.count)
+        if isinstance(self.module, FSDPModule):
+            self.module.reshard()  # what stands outside the layers is otherwise kept for a backward pass
         return total / max(count, 1)
 
     def _time_is_up(self) -> bool:
@@ -354,7 +359,9 @@ class _Loop:
         tensors |= {f"optimizer.{n}": t for n, t in optimizer_tensors(run.optimizer).items()}
         for i, policy in enumerate(self.policies):
             tensors |= {f"policy.{i}.{n}": t for n, t in policy.state().items()}
-        self.saver.save(run.step, tensors, {"seconds": run.seconds, "tokens": run.tokens, "window": vars(self.window), "pending": run.pending})
+        self.saver.save(
+            run.step, tensors, {"seconds": run.seconds, "tokens": run.tokens, "window": vars(self.window), "pending": run.pending}
+        )
         self.saved_at = time.monotonic()
 
     def _diverged(self, what: str) -> None:
