@@ -144,7 +144,7 @@ def train(
     if not shards(spec):
         model.to(accelerator.device)  # a shard goes there by itself, layer by layer
     model.train()
-    step_module = TrainStep(model, objective)
+    step_module: nn.Module = TrainStep(model, objective)
     policies = [lookup(POLICIES, p["name"], "policy")(**{k: v for k, v in p.items() if k != "name"}) for p in spec.policies]
     if shards(spec):
         step_module = spread(step_module, model, spec, accelerator.device, skips=False)

@@ -6,6 +6,7 @@ Sources: Li et al. 2020, "PyTorch Distributed" (DDP); Zhao et al. 2023, "PyTorch
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def gathered(model: Model) -> Model:
         first[id(held)] = name
         full = whole(held.detach())
         tensors[name] = full.cpu() if keeps else torch.empty_like(full, device="meta")
-    made = assemble(model.spec, tensors, shared, None, "the trained model")
+    made = assemble(model.spec, tensors, shared, None, Path("the trained model"))
     return with_origin(made, origin_of(model))
 
 
