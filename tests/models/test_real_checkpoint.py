@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from layerwise.infer.sentences import sentence_embeddings
+from layerwise.jobs.api import run
 from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import export_hf, import_hf
 
