@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 
 from layerwise.infer.sentences import sentence_embeddings
 from layerwise.jobs.api import run
