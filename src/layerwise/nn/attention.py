@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.nn.linear import make_linear
+from layerwise.nn.norms import Gain
 from layerwise.nn.positions import GridBias, rotate
 from layerwise.stack.spec import LayerSpec
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d) + bias) V, with as many key/value heads as `spec.kv_heads`; `spec.attention_scale` replaces 1/sqrt(d).
+
+    With `spec.head_scale`, Concat(gamma_1 head_1, ..., gamma_h head_h) W_o (Shleifer et al. 2021, "NormFormer", section 2), or with
+    `after`, as the authors' code has it, the factors on groups of W_o's output. Cross-attention has none, as there.
 
     Args:
         spec: a resolved layer spec.
@@ -42,7 +46,7 @@ class Attention(nn.Module):
         self.o = make_linear(role + "o", spec.heads * size, width, spec.out_bias, spec)
         self.q_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
         self.k_norm = nn.RMSNorm(size, eps=spec.norm_eps) if spec.qk_norm else None
-
+        self.head_scale = Gain(spec.heads) if spec.head_scale and not cross else None
         self.grid = GridBias(spec.heads, spec.grid) if spec.position == "grid" and spec.grid is not None else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
@@ -66,7 +70,10 @@ class Attention(nn.Module):
             dropout = self.spec.attention_dropout if self.training else 0.0
             grouped = k.shape[1] != q.shape[1]
             out = F.scaled_dot_product_attention(q, k, v, bias, dropout, causal, scale=self.spec.attention_scale, enable_gqa=grouped)
-        return self.o(out.transpose(1, 2).flatten(2))
+        out = out.transpose(1, 2).flatten(2)
+        if self.head_scale is None:
+            return self.o(out)
+        return self.o(self.head_scale(out)) if self.spec.head_scale == "before" else self.head_scale(self.o(out))
 
     def _heads(self, x: Float[Tensor, "b s hd"], norm: nn.Module | None = None) -> Float[Tensor, "b h s d"]:
         x = x.unflatten(-1, (-1, self.size))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.nn.linear import make_linear
+from layerwise.nn.norms import make_norm
 from layerwise.stack.spec import LayerSpec
 
 
@@ -22,7 +23,10 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 
 class FeedForward(nn.Module):
-    """down(act(up x)), or down(act(gate x) * up x) when gated. Source of the gated form: Shazeer 2020, "GLU Variants"."""
+    """down(act(up x)), or down(act(gate x) * up x) when gated. Source of the gated form: Shazeer 2020, "GLU Variants".
+
+    With `spec.ffn_norm`, a norm over what `down` multiplies (Shleifer et al. 2021, "NormFormer", section 2).
+    """
 
     reads = ("up", "gate")
     writes = ("down",)
@@ -34,9 +38,10 @@ class FeedForward(nn.Module):
         self.activation = spec.ffn
         self.gate = make_linear("gate", width, inner, spec.ffn_bias, spec) if spec.gated else None
         self.up = make_linear("up", width, inner, spec.ffn_bias, spec)
+        self.norm = make_norm(spec.norm, inner, spec.norm_eps, spec.norm_bias) if spec.ffn_norm else None
         self.down = make_linear("down", inner, width, spec.ffn_bias, spec)
 
     def forward(self, x: Float[Tensor, "*b width"]) -> Float[Tensor, "*b width"]:
         act = activation(self.activation)
         inner = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
-        return self.down(inner)
+        return self.down(inner if self.norm is None else self.norm(inner))

@@ -25,6 +25,20 @@ class ZeroRMSNorm(nn.Module):
         return F.rms_norm(x.to(dtype), self.weight.shape, 1.0 + self.weight.to(dtype), self.eps).to(x.dtype)
 
 
+class Gain(nn.Module):
+    """Learned factors, one for each of `groups` equal groups of channels: (..., width) -> (..., width)."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(groups))
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = len(self.weight)
+        if groups == x.shape[-1]:
+            return x * self.weight
+        return (x.unflatten(-1, (groups, -1)) * self.weight[:, None]).flatten(-2)
+
+
 def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module:
     """A norm over the last axis: (..., width) -> (..., width)."""
     if kind == "layernorm":
@@ -32,6 +46,11 @@ def make_norm(kind: str, width: int, eps: float, bias: bool = True) -> nn.Module
     if kind == "rmsnorm_zero":
         return ZeroRMSNorm(width, eps)
     return nn.RMSNorm(width, eps=eps)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is one of the norms and gains that `fill_norm` sets."""
+    return isinstance(module, nn.RMSNorm | nn.LayerNorm | ZeroRMSNorm | Gain)
 
 
 def fill_norm(norm: Any, gain: float) -> None:

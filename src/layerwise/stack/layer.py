@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.nn.attention import Attention
 from layerwise.nn.ffn import FeedForward
+from layerwise.nn.gates import StreamGate
 from layerwise.nn.norms import make_norm
 from layerwise.nn.residual import Residual
 from layerwise.stack.spec import LayerSpec, StackSpec
@@ -34,23 +35,27 @@ class Layer(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.mixer = Residual(lookup(MIXERS, spec.mixer, "mixer")(spec), spec)
+        self.mixer = Residual(lookup(MIXERS, spec.mixer, "mixer")(spec), spec, norm_out=spec.mixer_norm)
         self.cross = Residual(Attention(spec, cross=True), spec) if spec.cross else None
-        self.ffn = Residual(FeedForward(spec), spec)
+        self.ffn = Residual(FeedForward(spec), spec, gain=spec.residual_gain)
+        self.gate = StreamGate(preserve=spec.stream_gate == "gpas") if spec.stream_gate else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
         if self.spec.parallel:
-            return x + self.mixer.change(x, ctx, slot) + self.ffn.change(x)
-        x = self.mixer(x, ctx, slot)
+            x = x + self.mixer.change(x, ctx, slot) + self.ffn.change(x)
+            return x if self.gate is None else self.gate(x)
+        x = self.mixer(x, ctx, slot, gate=self.gate)
         if self.cross is not None:
-            x = self.cross(x, ctx, slot)
-        return self.ffn(x)
+            x = self.cross(x, ctx, slot, gate=self.gate)
+        return self.ffn(x, gate=self.gate)
 
     def initialize(self, std: float, write_std: float, depth: int, generator: torch.Generator) -> None:
         """Fresh weights; `write_std` is for the matrices that write into the residual stream."""
         for branch in (self.mixer, self.cross, self.ffn):
             if branch is not None:
                 branch.initialize(std, write_std, depth, generator)
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.alpha)
 
 
 def make_final_norm(spec: Any) -> nn.Module | None:

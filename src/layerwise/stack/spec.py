@@ -108,6 +108,12 @@ class LayerSpec:
         residual_scale: DeepNorm's alpha (None: (2 depth)^(1/4) for deepnorm, otherwise 1).
         layer_scale: initial value of a trained gain on every sub-layer's output, one a dimension (None: no such gain; CaiT).
         norm_gain: initial gain of the norms (None: 1/sqrt(index + 1) for lns, otherwise 1).
+        head_scale: a learned factor for every attention head, `before` the output projection, or `after` it on as many groups of
+            channels. mixer_norm: a norm on the mixer's output before it joins the stream. ffn_norm: a norm inside the feed-forward,
+            after the activation. residual_gain: learned factors, one a channel, on the stream beside the feed-forward.
+            These four are NormFormer's HeadScale, post-attention norm, FFN norm and ResScale.
+        stream_gate: a learned factor on the stream, one a layer; see `layerwise.nn.gates`. `gpas` lets gradients pass as if
+            nothing were scaled, `scale` does not.
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
         linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense.
@@ -142,6 +148,11 @@ class LayerSpec:
     residual_scale: float | None = None
     layer_scale: float | None = None
     norm_gain: float | None = None
+    head_scale: Literal["before", "after"] | None = None
+    mixer_norm: bool = False
+    ffn_norm: bool = False
+    residual_gain: bool = False
+    stream_gate: Literal["gpas", "scale"] | None = None
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop: float = 0.0
@@ -168,6 +179,18 @@ class LayerSpec:
             raise BadInput(f"heads ({self.heads}) must be a multiple of kv_heads ({kv})")
         if self.parallel and (self.placement in ("post", "deepnorm") or self.cross):
             raise BadInput("parallel layers have their norms before each branch and no cross-attention: use placement pre, lns or sandwich")
+        self._check_gains(kv)
+
+    def _check_gains(self, kv: int) -> None:
+        """Refuse extra norms and gains where they would mean nothing, or something else."""
+        if self.mixer_norm and self.placement == "sandwich":
+            raise BadInput("placement sandwich has a norm on the mixer's output already: leave mixer_norm out")
+        if self.residual_gain and self.parallel:
+            raise BadInput("residual_gain scales the stream beside the feed-forward, and parallel layers have no such place: leave it out")
+        if self.head_scale and self.mixer != "attention":
+            raise BadInput(f"head_scale scales attention heads; mixer '{self.mixer}' has none")
+        if self.head_scale == "after" and kv != self.heads:
+            raise BadInput(f"head_scale after: with {self.heads} heads on {kv} key/value heads, groups of channels mean no head: use before")
 
     @property
     def gated(self) -> bool:
@@ -184,6 +207,8 @@ class LayerSpec:
         head_dim = self.head_dim or width // self.heads
         if self.position == "rotary" and self.rotary_dim is None and head_dim % 2:
             raise BadInput(f"rotary positions need an even head size; width {width} / heads {self.heads} gives {head_dim}")
+        if self.head_scale == "after" and width % self.heads:
+            raise BadInput(f"head_scale after cuts width {width} into {self.heads} groups, which does not divide it: use before")
         if self.rotary_dim is not None and (self.rotary_dim % 2 or not 0 < self.rotary_dim <= head_dim):
             raise BadInput(f"rotary_dim must be even and at most the head size {head_dim}; it is {self.rotary_dim}")
         ffn_width = self.ffn_width or (-(-8 * width // 24) * 8 if self.gated else 4 * width)
