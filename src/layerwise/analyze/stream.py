@@ -28,9 +28,7 @@ def stream_variances(
     return (total / max(tokens, 1)).tolist()
 
 
-def stream_variance(
-    model: Model, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int | None = 4
-) -> Findings:
+def stream_variance(model: Model, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int | None = 4) -> Findings:
     """The stream's variance by layer, and the factor 1 - SiLU(alpha) of layers that have a gate.
 
     Metrics: `stream_variance_last`, leaving the last layer; `stream_growth`, that over what leaves the first layer;

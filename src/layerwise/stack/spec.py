@@ -190,7 +190,9 @@ class LayerSpec:
         if self.head_scale and self.mixer != "attention":
             raise BadInput(f"head_scale scales attention heads; mixer '{self.mixer}' has none")
         if self.head_scale == "after" and kv != self.heads:
-            raise BadInput(f"head_scale after: with {self.heads} heads on {kv} key/value heads, groups of channels mean no head: use before")
+            raise BadInput(
+                f"head_scale after: with {self.heads} heads on {kv} key/value heads, groups of channels mean no head: use before"
+            )
 
     @property
     def gated(self) -> bool:
