@@ -34,6 +34,8 @@ SECTIONS = {
     "pixels": "layerwise.embed.spec:PixelSpec",
     "patches": "layerwise.embed.spec:PatchSpec",
     "stem": "layerwise.embed.spec:StemSpec",
+    "wave": "layerwise.embed.audio_spec:WaveSpec",
+    "mel": "layerwise.embed.audio_spec:MelSpec",
     "head": "layerwise.models.spec:HeadSpec",
     "optimizer": "layerwise.optim.spec:OptimizerSpec",
     "schedule": "layerwise.optim.spec:ScheduleSpec",

@@ -365,6 +365,8 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
             inputs = data.channels * data.size[0] * data.size[1] if getattr(embedding, "flatten", False) else data.channels
             inputs = embedding.width if isinstance(embedding, StemSpec) else inputs
             stack = dataclasses.replace(stack, inputs=inputs)
+    elif not isinstance(embedding, TokenSpec):
+        raise BadInput(f"the model reads sound but the data is {data.kind}")
     elif data.kind != "text":
         raise BadInput(f"the model reads text but the data is {data.kind}")
     if head is not None and head.kind == "classifier" and head.classes is None:

@@ -22,6 +22,8 @@ def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0, 
         return hidden.mean(dim=(2, 3))
     if hidden.dim() == 2:
         return hidden
+    if how == "none":
+        return hidden
     if how == "patches":
         return hidden[:, prefix:].mean(dim=1)
     if how == "first_and_patches":
@@ -84,7 +86,7 @@ class LMHead(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-    """Class scores for the pooled input, (b, width) -> (b, classes), or a vector of it, (b, width) -> (b, size)."""
+    """Class scores for the pooled input, (b, width) -> (b, classes), or for every position, (b, s, width) -> (b, s, classes), or a vector of it, (b, width) -> (b, size)."""
 
     def __init__(self, spec: HeadSpec, width: int) -> None:
         super().__init__()
@@ -93,18 +95,21 @@ class ClassifierHead(nn.Module):
         self.spec = spec
         self.dropout = nn.Dropout(spec.dropout)
         self.norm = make_norm(spec.pool_norm, width, spec.norm_eps) if spec.pool_norm is not None else None
-        self.out = nn.Linear(2 * width if spec.pool == "first_and_patches" else width, outer, bias=spec.bias)
+        inner = 2 * width if spec.pool == "first_and_patches" else width
+        self.project = nn.Linear(inner, spec.size) if spec.kind == "classifier" and spec.size is not None else None
+        self.out = nn.Linear(inner if self.project is None else self.project.out_features, outer, bias=spec.bias)
         self.distilled = nn.Linear(width, outer, bias=spec.bias) if spec.pool == "distilled" else None
 
     def forward(self, pooled: Tensor) -> Tensor:
         if self.distilled is not None:  # the mean of both, as at inference in Touvron et al. 2021, "DeiT", section 4
             first, second = self.dropout(pooled).chunk(2, dim=-1)
             return (self.out(first) + self.distilled(second)) / 2
-        return self.out(self.dropout(pooled if self.norm is None else self.norm(pooled)))
+        pooled = self.dropout(pooled if self.norm is None else self.norm(pooled))
+        return self.out(pooled if self.project is None else self.project(pooled))
 
     def initialize(self, std: float | None, generator: torch.Generator) -> None:
         """Normal weights with the stack's standard deviation; Xavier's (Glorot and Bengio 2010) where it has none."""
-        for linear in (self.out, self.distilled):
+        for linear in (self.project, self.out, self.distilled):
             if linear is None:
                 continue
             xavier = (2 / sum(linear.weight.shape)) ** 0.5

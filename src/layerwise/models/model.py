@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from layerwise.embed.audio_spec import MelSpec, WaveSpec
+from layerwise.embed.mel import MelEmbedding
 from layerwise.embed.patches import PatchEmbedding
 from layerwise.embed.pixels import PixelEmbedding
 from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.embed.stem import StemEmbedding
 from layerwise.embed.tokens import TokenEmbedding
+from layerwise.embed.wave import WaveEmbedding
 from layerwise.errors import BadInput
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
@@ -109,7 +112,9 @@ class Model(nn.Module):
         Args:
             batch: `input_ids` (b, s) with optional `attention_mask` (b, s, or b, past + s with a cache; 1 = real),
                 `position_ids`, `segment_ids` (document of each packed position) and `token_type_ids`; or `pixel_values`
-                (b, c, h, w), with optional `bool_masked_pos` (b, patches; True = hidden) for patches. An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
+                (b, c, h, w), with optional `bool_masked_pos` (b, patches; True = hidden) for patches; or
+                `input_values` (b, samples) with optional `attention_mask` (b, samples) and `mask_time_indices` (b, frames; True = hidden);
+                or `input_features` (b, mels, frames). An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
             hiddens: keep every layer's output in `Output.hiddens`.
             cache: keys and values of earlier positions (of the decoder, in an encoder-decoder).
             memory: the encoder's output, when it is known already.
@@ -129,7 +134,7 @@ class Model(nn.Module):
         if self.decoder is None:
             hidden, mask = self._run(self.embedding, self.stack, batch, cache, context)
             return Output(hidden, self, mask, tuple(kept) or None, ends=self._ends(batch))
-        mask = _mask(batch.get("attention_mask"))
+        mask = self._source_mask(batch)
         if memory is None:
             memory, _ = self._run(self.embedding, self.stack, batch, None, {})
         target = {"input_ids": batch["decoder_input_ids"], "attention_mask": batch.get("decoder_attention_mask")}
@@ -144,6 +149,12 @@ class Model(nn.Module):
             return stack(embedding(batch), Context(**{"grid": embedding.grid(batch["pixel_values"]), **context})), None
         if isinstance(embedding, PixelEmbedding | StemEmbedding):
             return stack(embedding(batch), Context(**context)), None
+        if isinstance(embedding, MelEmbedding):
+            return stack(embedding(batch), Context(**context)), None
+        if isinstance(embedding, WaveEmbedding):
+            mask = embedding.frame_mask(batch)
+            places = None if mask is None else torch.arange(mask.shape[1], device=mask.device).masked_fill(~mask, PAD)
+            return stack(embedding(batch, mask), Context(positions=places, **context)), mask
         ids = batch["input_ids"]
         mask = _mask(batch.get("attention_mask"))
         positions = token_positions(ids, mask, batch.get("position_ids"), cache)
@@ -152,6 +163,12 @@ class Model(nn.Module):
             past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]
         return stack(embedding(batch, positions), ctx), None if mask is None else mask[:, -ids.shape[1] :]
+
+    def _source_mask(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """Which positions of what the encoder makes are real; None when all are."""
+        if isinstance(self.embedding, WaveEmbedding):
+            return self.embedding.frame_mask(batch)
+        return None if isinstance(self.embedding, MelEmbedding) else _mask(batch.get("attention_mask"))
 
     def _ends(self, batch: Mapping[str, Any]) -> Tensor | None:
         """Where each text ends, if the head wants to know."""
@@ -233,11 +250,15 @@ def rebuilt(model: Model, spec: ModelSpec) -> Model:
     return new.train(model.training)
 
 
-def _embedding(spec: TokenSpec | PixelSpec | PatchSpec | StemSpec, width: int) -> nn.Module:
+def _embedding(spec: TokenSpec | PixelSpec | PatchSpec | StemSpec | WaveSpec | MelSpec, width: int) -> nn.Module:
     if isinstance(spec, PixelSpec):
         return PixelEmbedding(spec)
     if isinstance(spec, StemSpec):
         return StemEmbedding(spec)
+    if isinstance(spec, WaveSpec):
+        return WaveEmbedding(spec, width)
+    if isinstance(spec, MelSpec):
+        return MelEmbedding(spec, width)
     return PatchEmbedding(spec, width) if isinstance(spec, PatchSpec) else TokenEmbedding(spec, width)
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
+from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
@@ -24,12 +25,13 @@ class HeadSpec:
         tie: the lm head multiplies by the token embedding itself.
         bias: a bias on the scores.
         transform: BERT's dense + activation + norm before the scores (None: none).
-        size: of the vectors that the scores are made from (None: the stack's width); a transform or a projection makes them.
+        size: of the vectors that the scores are made from (None: the stack's width); a transform, a projection or a classifier's first
+            linear map makes them.
         scale: multiplies the hidden vectors before the scores (T5 with a tied head uses width^-1/2).
         classes: number of classes (None: the data's; filled in when the job runs).
         pool: how a classifier reduces positions: their mean, the first or the last real one; the mean of an image's patches alone, or the
             first beside that (`first_and_patches`, DINOv2); the first two, each with a matrix of its own (`distilled`, DeiT); where
-            the text ends (`end`, CLIP). Spatial maps use the mean.
+            the text ends (`end`, CLIP). `none` scores every position (CTC, tagging). Spatial maps use the mean.
         end_token: the token whose first place `end` takes (None: the highest number in the text, as OpenAI's code does).
         pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
         dropout: before the classifier.
@@ -44,7 +46,7 @@ class HeadSpec:
     size: int | None = None
     scale: float = 1.0
     classes: int | None = None
-    pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled", "end"] = "mean"
+    pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled", "end", "none"] = "mean"
     end_token: int | None = None
     pool_norm: Norm | None = None
     dropout: float = 0.0
@@ -58,8 +60,10 @@ class HeadSpec:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
         if self.kind == "projection" and self.size is None:
             raise BadInput("a head of kind projection needs head.size, the size of the vectors it makes")
-        if self.size is not None and (self.size < 1 or (self.transform is None and self.kind != "projection")):
-            raise BadInput(f"size ({self.size}) must be at least 1 and needs a transform, which makes vectors of that size")
+        if self.size is not None and (self.size < 1 or (self.transform is None and self.kind == "lm")):
+            raise BadInput(
+                f"size ({self.size}) must be at least 1 and needs a transform, a projection or a classifier, which makes vectors of that size"
+            )
 
 
 def _embedding_kind(value: Any) -> str:
@@ -78,7 +82,9 @@ EmbeddingSpec = Annotated[
     Annotated[TokenSpec, Tag("tokens")]
     | Annotated[PixelSpec, Tag("pixels")]
     | Annotated[PatchSpec, Tag("patches")]
-    | Annotated[StemSpec, Tag("stem")],
+    | Annotated[StemSpec, Tag("stem")]
+    | Annotated[WaveSpec, Tag("wave")]
+    | Annotated[MelSpec, Tag("mel")],
     Discriminator(_embedding_kind),
 ]
 AnyStackSpec = Annotated[Annotated[StackSpec, Tag("layers")] | Annotated[PlainStackSpec, Tag("plain")], Discriminator(_stack_kind)]
@@ -110,6 +116,7 @@ class ModelSpec:
         if isinstance(self.embedding, PixelSpec | StemSpec):
             self._check_pixels(self.embedding)
         self._check_patches(self.embedding)
+        self._check_sound(self.embedding)
         if self.decoder is not None and self.decoder.width != self.stack.width:
             raise BadInput(f"the decoder looks at what the encoder made: its width ({self.decoder.width}) must be {self.stack.width}")
         if self.decoder is not None and not all(s.cross and s.causal for s in self.decoder.layers):
@@ -142,6 +149,17 @@ class ModelSpec:
             raise BadInput(f"head.pool {pool} needs embedding.{'distill_token' if pool == 'distilled' else 'class_token'}")
         if self.head is not None and self.head.kind == "lm":
             raise BadInput("a head of kind lm scores tokens and this model reads images: set head.kind to classifier")
+
+    def _check_sound(self, embedding: Any) -> None:
+        """Sound goes to transformer layers, and to words only through a decoder or a classifier."""
+        if not isinstance(embedding, WaveSpec | MelSpec):
+            return
+        if isinstance(self.stack, PlainStackSpec):
+            raise BadInput("sound goes to transformer layers: give stack.layer")
+        if self.target is None and (self.decoder is not None or (self.head is not None and self.head.kind == "lm")):
+            raise BadInput(
+                "a decoder or a head of kind lm needs words, and this model reads sound: give target, or set head.kind to classifier"
+            )
 
     def _check_pixels(self, embedding: PixelSpec | StemSpec) -> None:
         """Images as they are go to convolutions, flattened ones to dense layers, and either to classes."""

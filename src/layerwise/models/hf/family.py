@@ -18,7 +18,6 @@ from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import StackSpec
 
-TOKENS = "embedding.tokens.weight"
 LEAVES = ("", ".weight", ".bias", ".running_mean", ".running_var", ".num_batches_tracked")
 """What a module's name may be followed by; a rule that names a tensor itself has none of them."""
 ACTIVATIONS = {
@@ -133,6 +132,11 @@ class Family:
         """Their names of the head's matrix; where it is tied, the token embedding may stand under them too."""
         return tuple(name for rule in self.rules if rule.ours == ("head.weight",) for name in (rule.theirs, *rule.also))
 
+    def scored(self, spec: ModelSpec) -> str:
+        """Our name of the token vectors that a tied head multiplies by."""
+        name = "embedding.tokens.weight" if spec.target is None else "target.tokens.weight"
+        return dict(self.shared).get(name, name)
+
     @property
     def headed(self) -> tuple[str, ...]:
         """Architectures with a head."""
@@ -156,7 +160,7 @@ class Family:
             for i in range(side.depth if side is not None else 0) if "*" in rule.ours[0] else (0,):
                 found += _applied(rule, str(i), str(i) if places is None else places[i], heads, shapes)
         if is_tied(spec):
-            found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if TOKENS in p.ours else p for p in found]
+            found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if self.scored(spec) in p.ours else p for p in found]
         named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
         if nameless := sorted(shapes.keys() - named):
             raise BadInput(f"{self.name} checkpoints have no name for {nameless[0]}")

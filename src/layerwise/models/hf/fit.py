@@ -17,7 +17,7 @@ from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
 from layerwise.models.spec import HeadSpec, ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
-TRAINING = {"dropout", "attention_dropout", "drop", "norm_gain", "linears", "std", "kind"}
+TRAINING = {"dropout", "attention_dropout", "feature_dropout", "drop", "norm_gain", "linears", "std", "kind"}
 """Fields that change how a model is trained but not what it computes."""
 
 
@@ -164,8 +164,9 @@ def _around(spec: StackSpec | PlainStackSpec) -> dict[str, Any]:
 
 def _embedding(spec: Any) -> dict[str, Any]:
     without = {"max_length", "offset", "antialias"} if getattr(spec, "position", None) != "learned" else set()
-    without |= {"norm_eps"} if spec.norm is None else set()
-    without |= {"groups"} if spec.norm != "group" else set()
+    norm = getattr(spec, "norm", None)
+    without |= {"norm_eps"} if norm is None and not getattr(spec, "project_norm", False) else set()
+    without |= {"groups"} if norm != "group" else set()
     return {"kind": spec.kind, **{k: v for k, v in _fields(spec).items() if k not in without}}
 
 

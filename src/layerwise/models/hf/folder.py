@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 from layerwise.files import whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import TOKENS, Family, Pair, is_tied, parts_of, shapes_of
+from layerwise.models.hf.family import Family, Pair, is_tied, parts_of, shapes_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -199,7 +199,7 @@ def _ours(family: Family, spec: ModelSpec, theirs: dict[str, Tensor]) -> tuple[M
     """
     shapes = shapes_of(spec)
     pairs = family.pairs(spec, shapes)
-    if is_tied(spec) and _has_a_head_of_its_own(family, pairs, theirs):
+    if is_tied(spec) and _has_a_head_of_its_own(family, family.scored(spec), pairs, theirs):
         # As transformers does: two different matrices are not tied, whatever the config says.
         assert spec.head is not None
         spec = dataclasses.replace(spec, head=dataclasses.replace(spec.head, tie=False))
@@ -223,9 +223,9 @@ def _ours(family: Family, spec: ModelSpec, theirs: dict[str, Tensor]) -> tuple[M
     return spec, ours, carried
 
 
-def _has_a_head_of_its_own(family: Family, pairs: list[Pair], theirs: Mapping[str, Tensor]) -> bool:
+def _has_a_head_of_its_own(family: Family, name: str, pairs: list[Pair], theirs: Mapping[str, Tensor]) -> bool:
     """Whether a head that the config ties to the embedding is another matrix in the file."""
-    pair = next(p for p in pairs if TOKENS in p.ours)
+    pair = next(p for p in pairs if name in p.ours)
     tokens = next((theirs[n] for n in (pair.theirs, *pair.also) if n in theirs and n not in family.head_names), None)
     return tokens is not None and any(n in theirs and not torch.equal(tokens, theirs[n]) for n in family.head_names)
 

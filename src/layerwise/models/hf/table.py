@@ -35,6 +35,9 @@ FAMILIES = {
     "clip_text_model": "layerwise.models.hf.clip_text_model:FAMILY",
     "clip_vision_model": "layerwise.models.hf.clip_vision_model:FAMILY",
     "clip": "layerwise.models.hf.clip:FAMILY",
+    "wav2vec2": "layerwise.models.hf.wav2vec2:FAMILY",
+    "hubert": "layerwise.models.hf.hubert:FAMILY",
+    "whisper": "layerwise.models.hf.whisper:FAMILY",
 }
 """In the order in which they are tried when a model is written: where two could hold it, the first does."""
 
