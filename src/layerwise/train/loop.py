@@ -247,7 +247,8 @@ class _Loop:
             if run.step % spec.log_every == 0 or run.step == run.total or run.step == 1:
                 shown = self._log(norm)
             if spec.val_every and (run.step % spec.val_every == 0 or run.step == run.total):
-                run.log({"val_loss": self._validate()})
+                for name, around in self._validations().items():
+                    run.log({name: self._validate(around)})
             if run.pending:
                 run.listener.metrics({"step": run.step, **run.pending})
                 run.pending = {}
@@ -328,13 +329,20 @@ class _Loop:
         run.log(values)
         return values
 
-    def _validate(self) -> float:
+    def _validations(self) -> dict[str, tuple[Around, ...]]:
+        """What to measure on the validation split, by name: the model as it is, unless a policy wants its layers run otherwise."""
+        named: dict[str, tuple[Around, ...]] = {"val_loss": ()}
+        for policy in self.policies:
+            named |= policy.validations()
+        return named
+
+    def _validate(self, around: tuple[Around, ...]) -> float:
         run = self.run_
         generator = torch.Generator(device=run.device).manual_seed(0)
         total = count = 0.0
         with inference(run.model):
             for batch in batches(run.data.validation, run.spec.batch, run.spec.val_batches, run.device):
-                loss = self.module(batch, generator, ())  # as a whole: shards are gathered from there
+                loss = self.module(batch, generator, around)  # as a whole: shards are gathered from there
                 total, count = total + loss.total.item(), count + float(loss.count)
         if isinstance(self.module, FSDPModule):
             self.module.reshard()  # what stands outside the layers is otherwise kept for a backward pass

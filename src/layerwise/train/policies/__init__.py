@@ -5,6 +5,7 @@ from layerwise.train.policies.policy import Policy
 POLICIES = {
     "freeze": "layerwise.train.policies.freeze:Freeze",
     "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
+    "growth": "layerwise.train.policies.growth:Growth",
     "layer-dropout": "layerwise.train.policies.layer_dropout:LayerDropout",
     "ledger": "layerwise.train.policies.ledger:Ledger",
     "rotation": "layerwise.train.policies.rotation:Rotation",

@@ -34,6 +34,10 @@ class Policy:
     def after_step(self, run: Run) -> None: ...
     def end(self, run: Run) -> None: ...
 
+    def validations(self) -> dict[str, tuple[Around, ...]]:
+        """What the validation split is measured with, by name, where it is not the whole model; `val_loss` is the usual name."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that a resumed run needs back."""
         return {}
