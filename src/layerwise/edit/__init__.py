@@ -11,8 +11,8 @@ from layerwise.table import member
 
 EDITS = {
     "drop-layers": "layerwise.edit.drop:drop_layers",
-    "grow": "layerwise.edit.grow:grow",
-    "initialize": "layerwise.edit.initialize:initialize",
+    "grow": "layerwise.edit.growth:grow",
+    "initialize": "layerwise.edit.reset:initialize",
     "lora": "layerwise.edit.adapt:lora",
     "load-lora": "layerwise.edit.adapt:load_lora",
     "merge-lora": "layerwise.edit.adapt:merge_lora",
@@ -20,8 +20,8 @@ EDITS = {
 
 PREVIEWS = {
     "drop-layers": "layerwise.edit.drop:preview_drop",
-    "grow": "layerwise.edit.grow:preview_grow",
-    "initialize": "layerwise.edit.initialize:preview_initialize",
+    "grow": "layerwise.edit.growth:preview_grow",
+    "initialize": "layerwise.edit.reset:preview_initialize",
     "lora": "layerwise.edit.adapt:preview_lora",
     "load-lora": "layerwise.edit.adapt:preview_load",
     "merge-lora": "layerwise.edit.adapt:preview_merge",

@@ -24,6 +24,7 @@ SECTIONS = {
     "claim": "layerwise.jobs.schema:Claim",
     "paper": "layerwise.jobs.schema:Paper",
     "relations": "layerwise.jobs.schema:Relation",
+    "reach": "layerwise.jobs.reach:Reach",
     "stack": "layerwise.stack.spec:StackSpec",
     "decoder": "layerwise.stack.spec:StackSpec",
     "layer": "layerwise.stack.spec:LayerSpec",

@@ -26,6 +26,7 @@ class Variant(Part):
 
     Attributes:
         values: seed -> metric. diverged: seeds whose training diverged and that have no value.
+        unreached: seeds that never came down to the loss whose cost is the metric, and that have no value either.
         seconds: mean time of a seed's stages (as first measured; reused stages count what they cost then).
         params: of the final model. peak_bytes: largest memory of a stage.
     """
@@ -38,6 +39,7 @@ class Variant(Part):
     params: int = 0
     peak_bytes: int = 0
     diverged: list[int] = Field(default_factory=list)
+    unreached: list[int] = Field(default_factory=list)
 
 
 class Difference(Part):
@@ -90,7 +92,7 @@ def judged(
         difference = Difference(mean=mean, ci95=interval, ratio=ratio)
     if scale == "smoke":
         return difference, "inconclusive"
-    if method.diverged:
+    if method.diverged or method.unreached:
         return difference, "fails"
     return difference, verdict([method.values[s] - baseline.values[s] for s in pairs], claim.direction)
 
@@ -106,6 +108,9 @@ def make_receipt(
     diverged = [f"{name}: seeds {arm.diverged}" for name, arm in variants.items() if arm.diverged]
     if diverged:
         notes.append(f"Training diverged and left no value for {'; '.join(diverged)}.")
+    unreached = [f"{name}: seeds {arm.unreached}" for name, arm in variants.items() if arm.unreached]
+    if unreached:
+        notes.append(f"The loss aimed at was not reached, and there is no value, for {'; '.join(unreached)}.")
     return Receipt(
         schema=1, system=job.name, scale=job.scale, claim=job.claim, variants=variants, difference=difference, verdict=found,
         metrics=metrics, relations=[related(r, metrics) for r in job.relations], environment=environment(device), data=data, notes=notes,

@@ -27,6 +27,7 @@ from layerwise.jobs.check import check_job
 from layerwise.jobs.console import Progression
 from layerwise.jobs.journal import LOCK, Journal, claimed, read_lines
 from layerwise.jobs.meter import metered
+from layerwise.jobs.reach import final, reached
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
 from layerwise.jobs.references import START, contents, resolved
 from layerwise.jobs.schema import Job, Plan, Stage, read_job
@@ -127,6 +128,8 @@ class _Arm:
     make: Callable[[], Model]
     models: dict[str, Path] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    curves: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    unreached: set[str] = field(default_factory=set)
     seconds: float = 0.0
     peak_bytes: int = 0
     params: int = 0
@@ -206,19 +209,23 @@ class _Runner:
         metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.plans}
         spent: dict[str, list[float]] = {name: [] for name in self.plans}
         for seed in job.seeds:
+            arms: dict[str, _Arm] = {}
             for name, plan in self.plans.items():
                 try:
-                    arm = self._arm(plan, seed)
+                    arms[name] = self._arm(plan, seed)
                 except Diverged as error:
                     if job.on_divergence == "stop":
                         raise
                     self.progression.end(f"  {error}")
                     variants[name].diverged.append(seed)
-                    continue
+            self._reach(arms)
+            for name, arm in arms.items():
                 for metric, value in arm.metrics.items():
                     if "." in metric:
                         metrics[name].setdefault(metric, {})[str(seed)] = value
-                if job.claim is not None:
+                if job.claim is not None and job.claim.metric in arm.unreached:
+                    variants[name].unreached.append(seed)
+                elif job.claim is not None:
                     variants[name].values[str(seed)] = self._claimed(arm, job.claim.metric, name)
                 spent[name].append(arm.seconds)
                 variants[name].params = arm.params
@@ -231,6 +238,25 @@ class _Runner:
         self.journal.event("run-finished", verdict=receipt.verdict)
         write_report(self.out)
         return receipt
+
+    def _reach(self, arms: dict[str, _Arm]) -> None:
+        """Metrics that compare the arms of one seed, see `layerwise.jobs.reach`."""
+        for name, wanted in self.job.reach.items():
+            target: float | None
+            if isinstance(wanted.target, str):
+                target = final(arms[wanted.target].curves.get(wanted.stage, []), wanted.loss) if wanted.target in arms else None
+            else:
+                target = wanted.target
+            if target is None:
+                continue
+            for arm in arms.values():
+                if wanted.stage not in arm.curves:
+                    continue
+                cost = reached(arm.curves[wanted.stage], target, wanted.loss, wanted.cost)
+                if cost is None:
+                    arm.unreached |= {name, f"{wanted.stage}.{name}"}
+                else:
+                    arm.metrics |= {name: cost, f"{wanted.stage}.{name}": cost}
 
     def _claimed(self, arm: _Arm, metric: str, variant: str) -> float:
         if metric not in arm.metrics:
@@ -259,6 +285,8 @@ class _Runner:
             for metric, value in result.findings.get("metrics", {}).items():
                 # The plain name is the latest stage's; `stage.metric` tells stages apart that measure the same.
                 arm.metrics |= {metric: value, f"{stage.name}.{metric}": value}
+            if result.curve:
+                arm.curves[stage.name] = result.curve
             arm.seconds += result.seconds
             arm.peak_bytes = max(arm.peak_bytes, result.peak_bytes)
             arm.params = (result.after or {}).get("params", arm.params)

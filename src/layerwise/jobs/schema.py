@@ -18,6 +18,7 @@ from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
 from layerwise.jobs.complaint import parsed
 from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.jobs.reach import Reach
 from layerwise.jobs.yamlfile import read_yaml
 from layerwise.models.presets import preset
 from layerwise.models.spec import ModelSpec
@@ -146,6 +147,7 @@ class Job(Strict):
     model: dict[str, Any]
     stages: dict[str, dict[str, Any]] = Field(min_length=1)
     relations: list[Relation] = Field(default_factory=list)
+    reach: dict[str, Reach] = Field(default_factory=dict)
     variants: dict[str, dict[str, Any]] = Field(default={"default": {}}, min_length=1)
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
     on_divergence: Literal["stop", "record"] = "stop"
@@ -192,6 +194,8 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
         raw["variants"] = {name: change for name, change in raw["variants"].items() if change is not None}
     job = parsed(_adapter(Job), raw, "")
     plans = job.plans()
+    for name, reach in job.reach.items():
+        _check_reach(f"reach.{name}", reach, plans)
     if job.claim is not None:
         for role in ("method", "baseline"):
             name = getattr(job.claim, role)
@@ -233,6 +237,17 @@ def _finite(value: Any, where: str) -> None:
         raise BadInput(f"{where}: a finite number is expected; got {value}")
     elif isinstance(value, int) and abs(value) >= 2**63:
         raise BadInput(f"{where}: {value:.3g} is too large a number")
+
+
+def _check_reach(where: str, reach: Reach, plans: dict[str, Plan]) -> None:
+    """Refuse a target of no variant, and a stage that no variant trains."""
+    if isinstance(reach.target, str) and reach.target not in plans:
+        raise BadInput(f"{where}.target: there is no variant '{reach.target}'.{nearest(reach.target, plans)} Variants: {', '.join(plans)}.")
+    trained = sorted({s.name for plan in plans.values() for s in plan.stages if s.kind == "train"})
+    if reach.stage not in trained:
+        raise BadInput(
+            f"{where}.stage: no stage '{reach.stage}' trains.{nearest(reach.stage, trained)} Stages that do: {', '.join(trained) or 'none'}."
+        )
 
 
 def _check_metric(metric: str, plan: Plan) -> None:

@@ -60,9 +60,9 @@ def verify(name: str, scale: Scale, *, rerun: Path | None = None, data_dir: Path
         for field, word in (("mean", "mean"), ("std", "standard deviation"), ("ci95", "interval")):
             if _off(getattr(arm, field), getattr(fresh.variants[n], field)):
                 problems.append(f"the {word} of '{n}' does not follow from its values")
-        missing = [s for s in job.seeds if str(s) not in arm.values and s not in arm.diverged] if receipt.claim else []
+        missing = [s for s in job.seeds if str(s) not in arm.values and s not in (*arm.diverged, *arm.unreached)] if receipt.claim else []
         if missing:
-            problems.append(f"'{n}' has no value for seed {', '.join(map(str, missing))} of the job, and does not say that it diverged")
+            problems.append(f"'{n}' has no value for seed {', '.join(map(str, missing))} of the job, and does not say why")
         measured = receipt.metrics.get(n, {})
         same = [v for m, v in measured.items() if receipt.claim and (m == receipt.claim.metric or m.endswith(f".{receipt.claim.metric}"))]
         if same and not any(all(not _off(v.get(s), value) for s, value in arm.values.items()) for v in same):

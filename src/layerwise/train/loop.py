@@ -78,6 +78,12 @@ class Run:
     tokens: int = 0
     pending: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def logs(self) -> bool:
+        """Whether values of this step are kept, the loop's own or the validation loss."""
+        spec = self.spec
+        return self.step in (1, self.total) or self.step % spec.log_every == 0 or bool(spec.val_every and self.step % spec.val_every == 0)
+
     def log(self, values: dict[str, float]) -> None:
         """Add values to the metrics line of this step."""
         self.pending |= values

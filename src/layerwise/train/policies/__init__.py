@@ -6,6 +6,7 @@ POLICIES = {
     "freeze": "layerwise.train.policies.freeze:Freeze",
     "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
     "growth": "layerwise.train.policies.growth:Growth",
+    "layer-cost": "layerwise.train.policies.layer_cost:LayerCost",
     "layer-dropout": "layerwise.train.policies.layer_dropout:LayerDropout",
     "ledger": "layerwise.train.policies.ledger:Ledger",
     "rotation": "layerwise.train.policies.rotation:Rotation",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from layerwise.edit.grow import Where, sources, spread
+from layerwise.edit.growth import Where, sources, spread
 from layerwise.errors import BadInput
 from layerwise.stack.context import Around, Call, Context
 from layerwise.train.policies.policy import Policy
@@ -56,7 +56,7 @@ class Growth(Policy):
         depths: layers in use, stage by stage; the last number is the stack's depth.
         starts: share of the steps after which each stage begins, the first 0 (None: stages of equal length).
         new: what newly used layers begin as: `append` leaves them as initialized, the other operators copy layers in use
-            (see `layerwise.edit.grow`). The optimizer's moments are not copied.
+            (see `layerwise.edit.growth`). The optimizer's moments are not copied.
         unroll: how deep the layers in use run in a forward of training, by running each several times in a row (the interpolation
             map): `none`, as they are; `full`, always the full depth; or drawn anew for every micro-batch, see `unrolled_depth`.
         settle: share of every later stage, at its beginning, in which only the new layers (and embedding and head) are trained.
@@ -82,7 +82,9 @@ class Growth(Policy):
         if not self.depths or self.depths[0] < 1 or any(a >= b for a, b in zip(self.depths, self.depths[1:], strict=False)):
             raise BadInput(f"depths grow from at least 1; they are {self.depths}")
         if len(self.starts) != len(self.depths) or self.starts[0] != 0 or self.starts != sorted(set(self.starts)) or self.starts[-1] >= 1:
-            raise BadInput(f"starts holds one share of the steps for each of the {len(self.depths)} depths, rising from 0; got {self.starts}")
+            raise BadInput(
+                f"starts holds one share of the steps for each of the {len(self.depths)} depths, rising from 0; got {self.starts}"
+            )
         if not 0 <= settle <= 1:
             raise BadInput(f"settle is a share of a stage, in [0, 1]; it is {settle}")
         for old, wide in zip(self.depths, self.depths[1:], strict=False):
@@ -95,7 +97,9 @@ class Growth(Policy):
     def start(self, run: Run) -> None:
         depth = run.model.stack.depth
         if self.depths[-1] != depth:
-            raise BadInput(f"growth ends with depth {self.depths[-1]}, but the stack has {depth} layers: the last of depths must be {depth}")
+            raise BadInput(
+                f"growth ends with depth {self.depths[-1]}, but the stack has {depth} layers: the last of depths must be {depth}"
+            )
         bounds = [round(share * run.total) for share in self.starts]
         if len(set(bounds)) != len(bounds) or bounds[-1] >= run.total:
             raise BadInput(f"{run.total} steps are too few for stages that begin at {self.starts}")

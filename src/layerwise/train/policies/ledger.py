@@ -62,6 +62,8 @@ class Ledger(Policy):
         self.flops += self._step_flops
 
     def after_step(self, run: Run) -> None:
+        if run.logs:
+            run.log({"train_flops": self.flops})
         if self._open is None:
             return
         self._open = None

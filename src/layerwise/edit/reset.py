@@ -16,4 +16,3 @@ def initialize(model: Model, *, seed: int | None = None) -> Model:
 def preview_initialize(spec: ModelSpec, **_: Any) -> ModelSpec:
     """What `initialize` makes of a model's description: the same."""
     return spec
-
