@@ -150,8 +150,10 @@ class Growth(Policy):
 
             return run_layer
 
-        named = {"val_loss": (to(self._now),)}
-        return named if self.unroll == "none" else {**named, "val_loss_unrolled": (to(self.depths[-1]),)}
+        named: dict[str, tuple[Around, ...]] = {"val_loss": (to(self._now),)}
+        if self.unroll != "none":
+            named["val_loss_unrolled"] = (to(self.depths[-1]),)
+        return named
 
     def end(self, run: Run) -> None:
         for parameter in self._trained:
