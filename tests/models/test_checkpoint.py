@@ -21,8 +21,8 @@ IDS = torch.arange(12).view(2, 6)
 
 def _spec(name, **stack):
     data = preset(name)
-    if "layers" in data["stack"]:
-        data["stack"] |= {"inputs": 64 if name == "mlp" else 1}
+    if data.get("embedding", {}).get("kind") in ("pixels", "patches"):
+        data["stack"] |= {} if name == "vit" else {"inputs": 64 if name == "mlp" else 1}
         data["head"] |= {"classes": 3}
         data["embedding"] |= {"channels": 1, "size": [8, 8]}
     else:
@@ -35,7 +35,7 @@ def _spec(name, **stack):
 
 
 def _batch(name):
-    if name in ("mlp", "vgg", "resnet"):
+    if name in ("mlp", "vgg", "resnet", "vit"):
         return {"pixel_values": torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
     return {"input_ids": IDS, "decoder_input_ids": IDS}
 
@@ -136,7 +136,7 @@ def test_foreign_folders_are_not_overwritten_and_unknown_ones_named(tmp_path):
         load_any("decodr")
     with pytest.raises(BadInput, match="there is no folder"):
         load_any(tmp_path / "nowhere" / "at-all")
-    with pytest.raises(BadInput, match="format is hf or layerwise"):
+    with pytest.raises(BadInput, match="format is hf.* or layerwise"):
         export(build(_spec("decoder")), tmp_path / "x", format="gguf")
 
 

@@ -165,3 +165,11 @@ def test_edits_of_the_whole_say_that_there_are_two(clip, tmp_path):
     _, ours = clip
     with pytest.raises(BadInput, match=r"two towers: work on model\.text or model\.image"):
         lw.edit.drop_layers(ours, layers=[1])
+
+
+def test_a_tower_too_deep_to_be_true_is_refused_at_once(tmp_path):
+    random_model(*CASES["clip"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change_config(tmp_path, text_config={**config["text_config"], "num_hidden_layers": 10**9})
+    with pytest.raises(BadInput, match="at most 10000 layers"):
+        import_hf(tmp_path)

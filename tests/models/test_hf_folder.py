@@ -83,7 +83,15 @@ HOSTILE = {
     "gpt_neox": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig(**SMALL)),
     "electra": (T.ElectraForMaskedLM, T.ElectraConfig(**SMALL, embedding_size=16)),
     "t5": (T.T5ForConditionalGeneration, T.T5Config(vocab_size=20, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=2)),
-}
+    "beit": (
+        T.BeitForImageClassification,
+        T.BeitConfig(
+            hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+            use_relative_position_bias=True,
+        ),
+    ),
+    "bit": (T.BitModel, T.BitConfig(embedding_size=8, hidden_sizes=[16], depths=[1], num_groups=4)),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))

@@ -21,13 +21,14 @@ from layerwise.stack.surgery import keep
 
 IDS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
 PIXELS = {"pixel_values": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
-TEXT, IMAGES = ("decoder", "bert", "encoder", "encoder-decoder"), ("mlp", "vgg", "resnet")
+TEXT, IMAGES = ("decoder", "bert", "encoder", "encoder-decoder"), ("mlp", "vgg", "resnet", "vit")
 
 
 def _spec(name, head=None, **layer):
     data = preset(name)
     if name in IMAGES:
-        data["stack"]["inputs"] = 192 if name == "mlp" else 3
+        if name != "vit":
+            data["stack"]["inputs"] = 192 if name == "mlp" else 3
         data["head"]["classes"] = 5
         data["embedding"] |= {"channels": 3, "size": [8, 8]}
         return model_spec(data)

@@ -58,8 +58,8 @@ def inspect_model(
     # A model that is not there is told before any text is read.
     model = None if fresh else load_any(source, device)
     if model is None:
-        pixels = preset(source).get("embedding", {}).get("kind") == "pixels"
-        data = _images(None, text, data_dir, samples) if pixels else _texts(source, None, text, data_dir, length)
+        kind = preset(source).get("embedding", {}).get("kind", "tokens")
+        data = _texts(source, None, text, data_dir, length) if kind == "tokens" else _images(None, text, data_dir, samples)
         model = build(filled(model_spec(preset(source)), data), device=device)
         found = inspect(model, data, samples=samples)
     elif isinstance(model, TwoTowers):

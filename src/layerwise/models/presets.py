@@ -17,6 +17,7 @@ _BERT_LAYER = {
     "out_bias": True,
     "ffn_bias": True,
 }
+_VIT_LAYER = {"ffn": "gelu", "norm": "layernorm", "placement": "pre", "qkv_bias": True, "out_bias": True, "ffn_bias": True}
 _T5_LAYER = {"ffn": "relu", "norm": "rmsnorm", "position": "relative", "placement": "pre"}
 
 
@@ -48,6 +49,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "stack": {"depth": 4, "width": 256, "layer": {**_T5_LAYER, "heads": 4}},
         "decoder": {"depth": 4, "width": 256, "layer": {**_T5_LAYER, "heads": 4, "causal": True, "cross": True}},
         "head": {"kind": "lm", "tie": True},
+    },
+    # ViT: patches and a class token, pre-norm; exports as a ViT checkpoint.
+    "vit": {
+        "embedding": {"kind": "patches", "patch": [4, 4]},
+        "stack": {"depth": 6, "width": 128, "layer": {**_VIT_LAYER, "heads": 4}},
+        "head": {"kind": "classifier", "pool": "first", "bias": True},
     },
     # Fully connected, as in the MNIST study of layer rotation: one hidden layer, batch norm.
     "mlp": {

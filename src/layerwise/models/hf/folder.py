@@ -131,9 +131,10 @@ def _config(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not a model's config: {error}") from error
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise BadInput(f"'{kind}' checkpoints are not known here.{nearest(str(kind), FAMILIES)} Families: {', '.join(sorted(FAMILIES))}.")
-    deep = [key for key, value in config.items() if "layer" in key and isinstance(value, int) and value > MOST_LAYERS]
-    if deep:
-        raise BadInput(f"{path}: {deep[0]} is {config[deep[0]]}; at most {MOST_LAYERS} layers are read")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        deep = [key for key, value in part.items() if "layer" in str(key) and isinstance(value, int) and value > MOST_LAYERS]
+        if deep:
+            raise BadInput(f"{path}: {deep[0]} is {part[deep[0]]}; at most {MOST_LAYERS} layers are read")
     if config.get("quantization_config"):
         raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
     return config
@@ -148,6 +149,8 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
         spec = model_spec(spec_data(spec))
         if any(isinstance(part.embedding, TokenSpec) and part.embedding.vocab is None for part in parts_of(spec)):
             raise BadInput("config.json: vocab_size is missing")
+        if any(getattr(part.embedding, "channels", 0) is None for part in parts_of(spec)):
+            raise BadInput("config.json: num_channels is missing")
         return family, spec
     except BadInput as error:
         raise BadInput(f"{folder}: {error}") from error
