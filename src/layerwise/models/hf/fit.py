@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from layerwise.embed.spec import StemSpec, TokenSpec
+from layerwise.embed.spec import PatchSpec, StemSpec
 from layerwise.errors import BadInput
 from layerwise.models.hf.family import Family, parts_of
 from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
@@ -63,11 +63,11 @@ def differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
 def _closed(spec: ModelSpec) -> ModelSpec:
     """The description with some number for what the data is yet to decide about images and classes: any could be held."""
     embedding, stack, head = spec.embedding, spec.stack, spec.head
-    if not isinstance(embedding, TokenSpec):
-        shape = tuple(14 * p for p in getattr(embedding, "patch", (16, 16)))
-        embedding = dataclasses.replace(embedding, channels=embedding.channels or 3, size=embedding.size or shape)  # type: ignore[arg-type]
+    if isinstance(embedding, PatchSpec):
+        size = embedding.size or (14 * embedding.patch[0], 14 * embedding.patch[1])
+        embedding = dataclasses.replace(embedding, channels=embedding.channels or 3, size=size)
     if isinstance(embedding, StemSpec) and isinstance(stack, PlainStackSpec):
-        embedding = dataclasses.replace(embedding, size=None)  # convolutions read any size
+        embedding = dataclasses.replace(embedding, channels=embedding.channels or 3, size=None)  # convolutions read any size
         stack = dataclasses.replace(stack, inputs=embedding.width)
     if head is not None and head.kind == "classifier" and head.classes is None:
         head = dataclasses.replace(head, classes=2)
