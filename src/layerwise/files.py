@@ -30,8 +30,10 @@ def write_file(path: Path, content: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say for which file
         raise
     _sync(path.parent)
     return path

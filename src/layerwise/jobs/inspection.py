@@ -8,7 +8,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 
 from layerwise.analyze.findings import Findings, Table
@@ -16,6 +15,7 @@ from layerwise.analyze.overview import inspect
 from layerwise.data.load import Data, load_data
 from layerwise.data.resize import resized
 from layerwise.data.spec import DataSpec, TokenizerSpec
+from layerwise.data.tokenizer import read_tokenizer
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate
@@ -123,7 +123,7 @@ def continue_text(source: str, prompt: str, *, device: str = "cpu", **options: A
     file = _tokenizer_file(source)
     if file is None:
         raise BadInput(f"{source} holds no tokenizer.json, so text cannot become tokens")
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    tokenizer = read_tokenizer(str(file))
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids
     if not ids:
         raise BadInput("the prompt is empty")
@@ -141,7 +141,7 @@ def convert_checkpoint(source: Path, target: Path, *, to: str = "hf", dtype: str
         raise BadInput(f"{target} exists already: choose a new folder")
     model = load_any(source, dtype=getattr(torch, dtype) if dtype else None)
     file = _tokenizer_file(str(source))
-    tokenizer = tokenizers.Tokenizer.from_file(str(file)) if file else None
+    tokenizer = read_tokenizer(str(file)) if file else None
     return export_hf(model, target, tokenizer=tokenizer) if to == "hf" else save(model, target, tokenizer=tokenizer)
 
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +28,15 @@ class Journal:
 
     def __init__(self, run: Path) -> None:
         self.run = run
+        self.began = time.monotonic()
         for name in ("events.jsonl", "metrics.jsonl"):
             _end_torn_line(run / name)
 
     def event(self, event: str, **values: Any) -> None:
+        """One line: the time of day, for people, and the seconds since this process began, which never jump."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
-        self._append("events.jsonl", {"time": now, "event": event, **values})
+        elapsed = round(time.monotonic() - self.began, 3)
+        self._append("events.jsonl", {"time": now, "elapsed": elapsed, "event": event, **values})
 
     def metrics(self, variant: str, seed: int, stage: str, values: dict[str, Any]) -> None:
         """One line of training values; what is not finite is left out (JSON has no NaN)."""
@@ -53,7 +57,8 @@ class Journal:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(value, allow_nan=False, default=str) + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from error
+            error.filename = str(path)  # a full disk does not say for which file
+            raise
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -165,7 +166,7 @@ class _Runner:
         self.progression = progression
         self.journal = Journal(out)
         self.cache_root = cache_folder()
-        self.cache = StageCache(self.cache_root or out / ".cache")
+        self.cache = StageCache(self._writable_cache() or out / ".cache")
         self.data: dict[str, Data] = {}
 
     def run(self, event: str) -> Receipt:
@@ -187,6 +188,17 @@ class _Runner:
             if isinstance(error, OSError) and not isinstance(error, LayerwiseError):
                 raise LayerwiseError(f"{error}; what was finished is kept, 'layerwise resume {self.out}' goes on") from error
             raise
+
+    def _writable_cache(self) -> Path | None:
+        """The cache, unless nothing could be kept in it, which is better known now than after hours of training."""
+        if self.cache_root is not None:
+            try:
+                self.cache_root.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.cache_root).close()
+            except OSError as error:
+                self._remark(f"the cache {self.cache_root} cannot be written ({error.strerror}): results are kept in the run folder")
+                return None
+        return self.cache_root
 
     def _last_event(self, event: str, **values: Any) -> None:
         """The event that ends a run, if the disk still takes it."""

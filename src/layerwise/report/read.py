@@ -44,7 +44,7 @@ class Run:
         receipt: the result, if the run came that far.
         lines: lines of training values, each (variant, seed, stage, step) once.
         stages: finished stages in the order they first ended.
-        state, message: how the run stands, and why it failed. elapsed: seconds from its first to its last event.
+        state, message: how the run stands, and why it failed. elapsed: seconds that its processes worked.
         problems: what could not be read, in words.
     """
 
@@ -236,7 +236,18 @@ def _state(events: list[dict[str, Any]]) -> tuple[State, str, float | None]:
             state = "stopped" if kind == "run-stopped" else "failed"
             message = ": ".join(filter(None, (where, str(event.get("message") or ""))))
     times = [t for t in (_time(event.get("time")) for event in events) if t is not None]
-    return state, message, (times[-1] - times[0] if times else None)
+    return state, message, _worked(events) if any("elapsed" in event for event in events) else times[-1] - times[0] if times else None
+
+
+def _worked(events: list[dict[str, Any]]) -> float:
+    """Seconds that the processes of a run worked, by their own steady clocks: the time of day may jump, and nobody works between two."""
+    spans = [0.0]
+    for event in events:
+        if event.get("event") in ("run-started", "run-resumed"):
+            spans.append(0.0)
+        elapsed = event.get("elapsed")
+        spans[-1] = max(spans[-1], float(elapsed) if isinstance(elapsed, int | float) else 0.0)
+    return sum(spans)
 
 
 def _time(value: Any) -> float | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
-from layerwise.files import whole_folder, write_json
+from layerwise.files import CHECKSUMS, check_folder, whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import Family, Pair, is_tied, parts_of, shapes_of
@@ -42,6 +42,7 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     """
     folder = Path(folder)
     config = _config(folder)
+    _check_sums(folder)
     family, spec = _described(folder, config)
     theirs = read_tensors(folder, str(device))
     try:
@@ -138,6 +139,15 @@ def _config(folder: Path) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
     return config
+
+
+def _check_sums(folder: Path) -> None:
+    """Compare the files of a folder that layerwise exported with the checksums it wrote beside them."""
+    if (folder / CHECKSUMS).is_file():
+        try:
+            check_folder(folder)
+        except BadInput as error:
+            raise BadInput(f"{error}; if the change was meant, delete {CHECKSUMS}") from error
 
 
 def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]:
