@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from layerwise.edit.adapt import lora, merge_lora, preview_lora, preview_merge
+from layerwise.edit.adapt import lora, merge_lora, preview_lora
+from layerwise.edit.linears import preview_merge
 from layerwise.edit.drop import choose_block, drop_layers, preview_drop
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling

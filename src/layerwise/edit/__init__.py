@@ -15,7 +15,9 @@ EDITS = {
     "initialize": "layerwise.edit.reset:initialize",
     "lora": "layerwise.edit.adapt:lora",
     "load-lora": "layerwise.edit.adapt:load_lora",
+    "merge": "layerwise.edit.linears:merge",
     "merge-lora": "layerwise.edit.adapt:merge_lora",
+    "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
 }
 
 PREVIEWS = {
@@ -24,7 +26,9 @@ PREVIEWS = {
     "initialize": "layerwise.edit.reset:preview_initialize",
     "lora": "layerwise.edit.adapt:preview_lora",
     "load-lora": "layerwise.edit.adapt:preview_load",
-    "merge-lora": "layerwise.edit.adapt:preview_merge",
+    "merge": "layerwise.edit.linears:preview_merge",
+    "merge-lora": "layerwise.edit.linears:preview_merge",
+    "quantize-nf4": "layerwise.edit.linears:preview_nf4",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,
 so that a job that cannot work is refused before its first stage trains."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from layerwise.errors import BadInput
-from layerwise.models.hf.adapters import read_adapter, without_adapters
+from layerwise.edit.linears import merge, with_layers
+from layerwise.models.hf.adapters import read_adapter
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
@@ -92,12 +93,8 @@ def preview_load(spec: ModelSpec, *, folder: str, freeze: bool = True, **_: Any)
 
 
 def merge_lora(model: Model) -> Model:
-    """The model with every low-rank term added into its dense matrix: same outputs, no extra cost, everything trainable again."""
-    new = rebuilt(model, preview_merge(model.spec))
-    for name, module in model.named_modules():
-        if isinstance(module, LoRA):
-            new.get_submodule(name).weight = nn.Parameter(module.materialize().detach().clone())
-    return new
+    """`merge`, under the name it had when LoRA was the only kind."""
+    return merge(model)
 
 
 def preview_lora(
@@ -114,21 +111,4 @@ def preview_lora(
             raise BadInput(f"no layer has a linear called {' or '.join(targets)}")
         return dataclasses.replace(layer, linears={**layer.linears, **dict.fromkeys(there, linear)})
 
-    return dataclasses.replace(_with_layers(spec, attach), adapters_only=freeze)
-
-
-def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
-    """What `merge_lora` makes of a model's description."""
-    return without_adapters(spec)
-
-
-def _with_layers(spec: ModelSpec, change: Callable[[LayerSpec], LayerSpec]) -> ModelSpec:
-    """`spec` with `change` applied to every layer of its stacks."""
-    changed: dict[str, Any] = {}
-    for name in ("stack", "decoder"):
-        stack = getattr(spec, name)
-        if isinstance(stack, StackSpec):
-            changed[name] = stack.with_layers([change(layer) for layer in stack.layers])
-        elif stack is not None:
-            raise BadInput("lora needs transformer layers; this model's stack has others")
-    return dataclasses.replace(spec, **changed)
+    return dataclasses.replace(with_layers(spec, attach, "lora"), adapters_only=freeze)

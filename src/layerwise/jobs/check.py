@@ -141,6 +141,9 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
             raise unknown(str(policy["name"]), POLICIES, "policy")
         kind = lookup(POLICIES, policy["name"], "policy")
         complete = checked_options(kind, options, f"policies.{policy['name']}")
+        if (check := getattr(kind, "check", None)) is not None:
+            with _prefixed(f"policies.{policy['name']}: "):
+                check(train)
         for key in complete.get("layers", ()):
             indices(key, spec.stack.depth)
         policies.append({"name": policy["name"], **complete})

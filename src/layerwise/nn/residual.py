@@ -86,7 +86,7 @@ class Residual(nn.Module):
                 scale = write_std if name in self.branch.writes else std
                 if self.placement == "deepnorm":
                     gain = 1.0 if name in ("q", "k") else (8 * depth) ** -0.25
-                    scale = gain * (2 / sum(linear.weight.shape)) ** 0.5
+                    scale = gain * (2 / (linear.in_features + linear.out_features)) ** 0.5
                 linear.initialize(scale, generator)
             elif is_norm(linear):
                 fill_norm(linear, 1.0)

@@ -33,22 +33,32 @@ class LinearSpec:
     """How one weight matrix of a layer is stored and trained.
 
     Attributes:
-        kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`, or `lora` (dense and frozen, plus a trained low-rank term).
+        kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`; `lora` (dense and frozen, plus a trained low-rank term);
+            `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`.
         rank: rank of the low-rank term, for the kinds that have one.
-        alpha: the low-rank term is scaled by `alpha / rank`; None means `alpha = rank`.
-        dropout: dropout on the input of the low-rank term.
+        alpha: the low-rank term is scaled by `alpha / rank`, None means `alpha = rank`; `loqt` scales by `alpha` itself (None: 1).
+        dropout: dropout on the input of the low-rank term (lora, qlora).
+        density: for sparse-low-rank: share of the entries that are trained one by one.
+        store: for loqt: its frozen matrices in 4 bits (`nf4`) or as they are (`full`).
+        block: for 4-bit matrices: numbers that share a scale. double: the scales are quantized to 8 bits too.
     """
 
     kind: str = "dense"
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
+    density: float = 0.03
+    store: Literal["nf4", "full"] = "nf4"
+    block: int = 64
+    double: bool = False
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
-        if self.kind == "lora" and (self.rank is None or self.rank < 1):
-            raise BadInput(f"a lora linear needs rank >= 1; rank is {self.rank}")
+        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt") and (self.rank is None or self.rank < 1):
+            raise BadInput(f"a {self.kind} linear needs rank >= 1; rank is {self.rank}")
+        if not 0 < self.density <= 1 or self.block < 1:
+            raise BadInput(f"density is in (0, 1] and block >= 1; got {self.density} and {self.block}")
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
 
@@ -116,7 +126,8 @@ class LayerSpec:
             nothing were scaled, `scale` does not.
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
-        linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense.
+        linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense, and `*` stands for all
+            roles of the layer that are not named.
     """
 
     width: int | None = None
@@ -219,9 +230,15 @@ class LayerSpec:
             scale = (2 * depth) ** 0.25 if self.placement == "deepnorm" else 1.0
         if gain is None:
             gain = (index + 1) ** -0.5 if self.placement == "lns" else 1.0
+        linears = self.linears
+        if "*" in linears:
+            present = ["q", "k", "v", "o", *(["gate"] if self.gated else []), "up", "down"]
+            present += ["cross.q", "cross.k", "cross.v", "cross.o"] if self.cross else []
+            linears = {**dict.fromkeys(present, linears["*"]), **{r: s for r, s in linears.items() if r != "*"}}
         return dataclasses.replace(
             self,
             width=width,
+            linears=linears,
             kv_heads=self.kv_heads or self.heads,
             head_dim=head_dim,
             ffn_width=ffn_width,

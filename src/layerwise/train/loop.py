@@ -62,6 +62,7 @@ class Run:
         model, objective, optimizer, data, spec, seed, device: what runs.
         step: steps done. total: steps of the stage. seconds: time spent, over all resumptions.
         last: the newest logged values.
+        norm: of the step's gradients, where a policy has used them up before the loop could see them.
     """
 
     model: Any
@@ -77,6 +78,7 @@ class Run:
     seconds: float = 0.0
     tokens: int = 0
     pending: dict[str, float] = field(default_factory=dict)
+    norm: Tensor | None = None
 
     @property
     def logs(self) -> bool:
@@ -296,7 +298,7 @@ class _Loop:
         for policy in self.policies:
             policy.after_backward(run)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = whole(torch.nn.utils.get_total_norm(gradients)) if run.norm is None else run.norm
         if run.device.type == "cpu" and not torch.isfinite(norm):
             self._diverged("the gradient is not finite")
         if spec.clip is not None:

@@ -36,7 +36,7 @@ def unreadable(spec: ModelSpec | TwoTowersSpec) -> str | None:
         for i, layer in enumerate(stack.layers):
             kinds = [linear.kind for linear in layer.linears.values() if linear.kind != "dense"]
             if kinds:
-                return f"layer {i} has {kinds[0]} linears: merge them first (edit: merge-lora)"
+                return f"layer {i} has {kinds[0]} linears: merge them first (edit: merge)"
     return None
 
 

@@ -9,6 +9,9 @@ POLICIES = {
     "layer-cost": "layerwise.train.policies.layer_cost:LayerCost",
     "layer-dropout": "layerwise.train.policies.layer_dropout:LayerDropout",
     "ledger": "layerwise.train.policies.ledger:Ledger",
+    "loqt": "layerwise.train.policies.loqt:LoQTUpdates",
+    "per-layer-updates": "layerwise.train.policies.per_layer:PerLayerUpdates",
+    "restart-adapters": "layerwise.train.policies.restart:RestartAdapters",
     "rotation": "layerwise.train.policies.rotation:Rotation",
 }
 

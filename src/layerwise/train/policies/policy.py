@@ -6,8 +6,9 @@
     after_step(run)      the weights have moved; run.step counts this step already
     end(run)             after the last step
 
-A policy may also hand out `around` callables, which wrap every layer's call, keep tensors that belong in a checkpoint
-(`state`), and leave `findings` in the stage's result.
+A policy that cannot work with every training stage says so in a static `check(spec)`, before anything runs. It may also
+hand out `around` callables, which wrap every layer's call, keep tensors that belong in a checkpoint (`state`), and leave
+`findings` in the stage's result.
 """
 
 from __future__ import annotations
