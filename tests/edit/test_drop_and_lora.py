@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from layerwise.edit.adapt import lora, merge_lora, preview_lora
-from layerwise.edit.linears import preview_merge
 from layerwise.edit.drop import choose_block, drop_layers, preview_drop
+from layerwise.edit.linears import preview_merge
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.infer.generate import generate

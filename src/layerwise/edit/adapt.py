@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from layerwise.errors import BadInput
 from layerwise.edit.linears import merge, with_layers
+from layerwise.errors import BadInput
 from layerwise.models.hf.adapters import read_adapter
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
