@@ -20,7 +20,7 @@ def inspect(
 ) -> Findings:
     """Parameters, operations per token, angular distance, attention entropy and gradient norm of every layer.
 
-    A patch of an image is a token; operations of convolutions are counted per image, and they have neither an angle, since their maps
+    A patch of an image is a token, and sound has frames; operations of convolutions are counted per image, and they have neither an angle, since their maps
     change size, nor attention.
 
     Args:
@@ -35,7 +35,7 @@ def inspect(
         angles = {row[0]: row[1] for row in found.tables.pop(0).rows}
         entropy = dict(enumerate(layer_entropies(model, data, split=split, batch=min(batch, 8))))
     norms: dict[Cell, Cell] = {}
-    objective = objective or _objective(model)
+    objective = objective or _objective(model, rows)
     if objective is not None:
         gradients = gradient_norms(model, data, split=split, objective=objective, batch=batch)
         norms = {row[0]: row[1] for row in gradients.tables[0].rows}
@@ -55,17 +55,19 @@ def _units(model: Model, rows: dict[str, Any]) -> tuple[str, int]:
     """What operations are counted by, and how many of them a batch holds."""
     if "input_ids" in rows:
         return "token", rows["input_ids"].numel()
+    if "input_values" in rows or "input_features" in rows:
+        return "frame", model(rows).hidden[..., 0].numel()
     if not isinstance(model.embedding, PatchEmbedding):
         return "image", len(rows["pixel_values"])
     down, right = model.embedding.grid(rows["pixel_values"])
     return "token", len(rows["pixel_values"]) * (model.embedding.spec.prefix + down * right)
 
 
-def _objective(model: Model) -> str | None:
-    """What a model with such a head is trained for, as far as any data can tell."""
+def _objective(model: Model, rows: dict[str, Any]) -> str | None:
+    """What a model with such a head is trained for, as far as the data can tell."""
     head = model.spec.head
     if head is None or head.kind == "projection":
         return None
     if head.kind == "classifier":
-        return "classification"
+        return "classification" if "labels" in rows and head.pool != "none" else None
     return "causal-lm" if model.causal else "masked-lm"

@@ -38,7 +38,8 @@ class Split:
     """Rows of tensors.
 
     Attributes:
-        arrays: `rows` (n, length) token ids; `lengths` (n,) of padded rows; `images` (n, c, h, w) uint8; `labels` (n,).
+        arrays: `rows` (n, length) token ids; `lengths` (n,) of padded rows; `images` (n, c, h, w) uint8; `waves`
+            (n, samples) and `mels` (n, bands, frames) of sound; `labels` (n,).
         boundaries: the end token that separates packed documents, if rows carry segments.
         read: reads the raw texts anew.
     """
@@ -63,7 +64,8 @@ class Split:
         """The rows `index` (b,) as model inputs.
 
         Text: `input_ids` (b, length), with `segment_ids` and `position_ids` where documents are kept apart, or
-        `attention_mask` and `labels` for labelled texts. Images: `pixel_values` (b, c, h, w) in [0, 1] and `labels`.
+        `attention_mask` and `labels` for labelled texts. Images: `pixel_values` (b, c, h, w) in [0, 1] and `labels`. Sound:
+        `input_values` (b, samples) or `input_features` (b, bands, frames).
         """
         at = index.numpy()
         made: dict[str, Tensor] = {}
@@ -71,6 +73,9 @@ class Split:
             made["input_ids"] = torch.from_numpy(self.arrays["rows"][at].astype(np.int64))
         if "images" in self.arrays:
             made["pixel_values"] = torch.from_numpy(np.ascontiguousarray(self.arrays["images"][at])).float() / 255
+        for name, called in (("waves", "input_values"), ("mels", "input_features")):
+            if name in self.arrays:
+                made[called] = torch.from_numpy(self.arrays[name][at])
         if "lengths" in self.arrays:
             places = torch.arange(self.tokens_per_row)
             made["attention_mask"] = (places < torch.from_numpy(self.arrays["lengths"][at])[:, None]).long()

@@ -16,6 +16,8 @@ from layerwise.data.load import Data, load_data
 from layerwise.data.resize import resized
 from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.data.tokenizer import read_tokenizer
+from layerwise.data.tones import sounds_for
+from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate
@@ -26,7 +28,7 @@ from layerwise.jobs.run import filled
 from layerwise.models.checkpoint import save
 from layerwise.models.hf import export_hf
 from layerwise.models.load import load_any
-from layerwise.models.model import Model, build
+from layerwise.models.model import Model, build, rebuilt
 from layerwise.models.presets import PRESETS, preset
 from layerwise.models.spec import model_spec
 from layerwise.models.two_towers import TwoTowers
@@ -50,7 +52,8 @@ def inspect_model(
 
     Args:
         source: a folder or a preset's name. text: what runs through it, `samples` rows of `length` tokens, or images, which are
-            made to fit the model (None: built-in text or digits, which an image tower always gets).
+            made to fit the model (None: built-in text or digits, which an image tower always gets; synthesized tones
+            for sound, of whose encoder-decoders the encoder is looked at).
         page: the HTML file to write.
     """
     check_device(device)
@@ -67,6 +70,10 @@ def inspect_model(
             inspect(model.text, _texts(source, model.text, text, data_dir, length), samples=samples),
             inspect(model.image, _images(model.image, None, data_dir, samples), samples=samples),
         )
+    elif isinstance(model.spec.embedding, WaveSpec | MelSpec):
+        if text is not None:
+            raise BadInput("the model reads sound, which is synthesized to look at it: leave --data out")
+        found = inspect(_encoder(model), sounds_for(model.spec.embedding, samples), samples=samples)
     elif isinstance(model.spec.embedding, TokenSpec):
         found = inspect(model, _texts(source, model, text, data_dir, length), samples=samples)
     else:
@@ -103,6 +110,13 @@ def _images(model: Model | None, text: str | None, data_dir: Path | None, sample
     head = model.spec.head
     classes = head.classes if head is not None else None
     return resized(data, channels=embedding.channels, size=embedding.size or SOME_SIZE, classes=classes, rows=max(samples, 64))
+
+
+def _encoder(model: Model) -> Model:
+    """The encoder of an encoder-decoder as a model of its own, every tensor shared; any other model itself."""
+    if model.decoder is None:
+        return model
+    return rebuilt(model, dataclasses.replace(model.spec, decoder=None, target=None, head=None))
 
 
 def _joined(text: Findings, image: Findings) -> Findings:
