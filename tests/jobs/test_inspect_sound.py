@@ -38,6 +38,7 @@ def test_inspect_and_convert(name, tmp_path):
     # A frame costs four square matrices and a feed-forward of 48, and its attention over 49 (or 20) frames.
     frames = 20 if name == "whisper" else 49
     assert all(row[2] == 2 * (4 * 32 * 32 + 2 * 32 * 48) + 4 * frames * 32 for row in table.rows[1:4])
+    assert table.rows[0][2] > 0  # the convolutions are the embedding's, not the head's
     assert all(0 < row[3] < 1 and row[4] > 0 for row in table.rows[1:4])
     with pytest.raises(BadInput, match="reads sound"):
         inspect_model(str(tmp_path / "m"), page=tmp_path / "page.html", text="builtin:docs")
