@@ -56,7 +56,7 @@ def _units(model: Model, rows: dict[str, Any]) -> tuple[str, int]:
     if "input_ids" in rows:
         return "token", rows["input_ids"].numel()
     if "input_values" in rows or "input_features" in rows:
-        return "frame", model(rows).hidden[..., 0].numel()
+        return "frame", model.embedding(rows).shape[:2].numel()
     if not isinstance(model.embedding, PatchEmbedding):
         return "image", len(rows["pixel_values"])
     down, right = model.embedding.grid(rows["pixel_values"])
