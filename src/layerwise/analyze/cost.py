@@ -105,6 +105,7 @@ def costs(model: nn.Module, batch: dict[str, Any]) -> dict[int, Cost]:
             _ = out.logits
     counts = counter.get_flop_counts()
     whole = sum(counts.get("Global", {}).values())
+    table[-1].flops = sum(counts.get(f"{prefix}.embedding", {}).values())  # of ours; a foreign network's count as after its layers
     for i, name in enumerate(seen.names):
         table[i].flops = sum(counts.get(f"{prefix}.{name}", {}).values())
     table[-1].flops = sum(counts.get(f"{prefix}.embedding", {}).values())
