@@ -49,6 +49,12 @@ def _told() -> Iterator[None]:
             raise
         typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(1) from None
+    except Exception as error:
+        if isinstance(error, typer.Exit) or os.environ.get("LAYERWISE_DEBUG"):
+            raise
+        # A fault of ours; the last event of a run has where it happened.
+        typer.echo(f"failed: {type(error).__name__}: {error}\nThis should have been told better: LAYERWISE_DEBUG=1 shows where.", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command("list")

@@ -655,7 +655,7 @@ RICH: dict[str, Any] = {
     "paper": {"title": "t", "year": 2000, "arxiv": "1", "authors": "a"},
     "claim": CLAIM,
     "relations": [{"x": "a", "y": "b", "above": {"a": 1.0}}],
-    "data": {**BASE["data"], "columns": {}, "augment": {"flip": True}, "documents": 9, "validation": 0.2, "seed": 1},
+    "data": {**BASE["data"], "columns": {}, "augment": None, "documents": 9, "validation": 0.2, "seed": 1},
     "model": {
         "embedding": {"position": "learned", "max_length": 64, "types": 0, "norm": "layernorm"},
         "stack": {

@@ -54,6 +54,8 @@ def check_fit(spec: DataSpec, kind: str, *, labelled: bool) -> None:
     what = "images" if kind == "images" else "texts with labels" if labelled else "text without labels"
     if spec.boundaries and what != "text without labels":
         raise BadInput(f"data.boundaries keeps packed documents apart; {spec.source} has {what}, one a row")
+    if spec.augment is not None and kind != "images":
+        raise BadInput(f"data.augment changes images; {spec.source} has {what}")
     if spec.documents is not None and kind == "images":
         raise BadInput(f"data.documents counts texts; {spec.source} has images: use data.examples")
     if spec.examples is not None and what == "text without labels":

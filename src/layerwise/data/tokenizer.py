@@ -75,7 +75,9 @@ def read_tokenizer(path: str) -> Tokenizer:
     """The tokenizer in a tokenizer.json."""
     try:
         return Tokenizer.from_file(path)
-    except Exception as error:  # the library raises bare Exception
+    except BaseException as error:  # the library raises bare Exception, and what its Rust panics become
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise BadInput(f"{path} is not a tokenizer: {error}") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from layerwise.errors import BadInput
-from layerwise.jobs.yamlfile import PlainNumbers
+from layerwise.jobs.yamlfile import parsed_yaml
 
 VERBS = ("train", "edit", "analyze", "evaluate", "generate", "export")
 
@@ -73,6 +73,6 @@ def setting(text: str) -> tuple[str, Any]:
     if not equals or not path:
         raise BadInput(f"--set takes path=value, for example stages.pretrain.steps=100; got '{text}'")
     try:
-        return path, yaml.load(value, Loader=PlainNumbers)
+        return path, parsed_yaml(value)
     except yaml.YAMLError as error:
         raise BadInput(f"--set {path}: '{value}' is not YAML: {error}") from error

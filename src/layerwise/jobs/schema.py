@@ -167,8 +167,8 @@ class Job(Strict):
     @classmethod
     def _folder_names(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise BadInput(f"'{name}' names a folder: it consists of letters, digits, '-', '_' and '.'")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+                raise BadInput(f"'{name[:80]}' names a folder: it consists of at most 80 letters, digits, '-', '_' and '.'")
         return named
 
     def plans(self) -> dict[str, Plan]:
@@ -236,7 +236,8 @@ def _finite(value: Any, where: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f"{where}: a finite number is expected; got {value}")
     elif isinstance(value, int) and abs(value) >= 2**63:
-        raise BadInput(f"{where}: {value:.3g} is too large a number")
+        shown = f"{value:.3g}" if value.bit_length() < 1000 else f"a number of {value.bit_length():,} bits"
+        raise BadInput(f"{where}: {shown} is too large a number")
 
 
 def _check_reach(where: str, reach: Reach, plans: dict[str, Plan]) -> None:

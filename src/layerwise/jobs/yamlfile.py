@@ -12,6 +12,8 @@ from layerwise.errors import BadInput
 
 DEEPEST = 64
 """Levels of mappings and lists in a file."""
+LARGEST = 200_000
+"""Bytes of a file; a job is a page or two, and reading more than this would take minutes."""
 
 
 class PlainNumbers(yaml.SafeLoader):
@@ -29,18 +31,34 @@ for _tag, _pattern in _NUMBERS.items():
     PlainNumbers.add_implicit_resolver(_tag, re.compile(_pattern), list("-+0123456789."))
 
 
+def parsed_yaml(text: str) -> Any:
+    """A YAML text as plain data.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, nests too deeply, uses aliases, or holds what Python cannot (a number of 5000 digits).
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeys)
+    except UnicodeError:
+        raise
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError("nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]) from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file that holds one mapping; keys may not repeat."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        if path.stat().st_size > LARGEST:
+            raise BadInput(f"{path} is too large for a job file: it has {path.stat().st_size:,} bytes, at most {LARGEST:,} are read")
+        value = parsed_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInput(f"there is no file {path}") from None
     except IsADirectoryError:
         raise BadInput(f"{path} is a folder; a job is a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"cannot read {path}: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise BadInput(f"{path} is not YAML: {'nested too deeply' if isinstance(error, RecursionError) else error}") from error
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path} is not YAML: {error}") from error
     if not isinstance(value, dict):
         kinds = {type(None): "nothing", list: "a list", str: "a text"}
         raise BadInput(

@@ -273,6 +273,10 @@ def indices(key: str | int, depth: int) -> range:
     return chosen
 
 
+DEEPEST = 10_000
+"""A description that asks for more layers is damaged; building it would take for ever."""
+
+
 @dataclass(frozen=True)
 class StackSpec:
     """A stack of `depth` layers, all like `layer` except where `overrides` says otherwise.
@@ -303,6 +307,8 @@ class StackSpec:
     def __post_init__(self) -> None:
         if self.depth < 0 or self.width < 1:
             raise BadInput(f"a stack needs depth >= 0 and width >= 1; got depth {self.depth}, width {self.width}")
+        if self.depth > DEEPEST:  # before a description is made of every layer
+            raise BadInput(f"depth: at most {DEEPEST:,} layers; got {self.depth:,}")
         known = [f.name for f in dataclasses.fields(LayerSpec)]
         for key, changes in self.overrides.items():
             for name in changes:
