@@ -13,6 +13,7 @@ ANALYSES = {
     "block-drop": "layerwise.analyze.sensitivity:block_drop",
     "block-sweep": "layerwise.analyze.sensitivity:block_sweep",
     "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
+    "gradient-variance": "layerwise.analyze.gradients:gradient_variance",
     "stream-variance": "layerwise.analyze.stream:stream_variance",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
 }

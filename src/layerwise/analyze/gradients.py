@@ -52,6 +52,54 @@ def gradient_norms(
     return Findings({"grad_norm_variation": variation([n for i, n in norms.items() if 0 <= i < model.stack.depth])}, [table])
 
 
+def gradient_variance(
+    model: Any, data: Any, *, split: str = "train", objective: str = "causal-lm", batch: int = 16, batches_at_most: int = 8
+) -> Findings:
+    """How much gradients differ from batch to batch, by depth: mean over batches of |g_b - mean g|^2; the model's gradients are left empty.
+
+    Metric: `head_variance_share`, of what lies after the layers in the whole network's.
+    Source: Glentis et al. 2025, "A Minimalist Optimizer Design for LLM Pretraining" (arXiv 2506.16659): the layer with the largest
+    variance is the one that momentum pays for.
+    """
+    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    depths = depth_of(model)
+    means: dict[str, torch.Tensor] = {}
+    spread: dict[int, float] = {}
+    seen = 0
+    training = model.training
+    model.eval()
+    for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+        model.zero_grad(set_to_none=True)
+        loss_of(model, rows, generator).mean.backward()
+        seen += 1
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None:
+                continue
+            # Welford 1962: the running mean moves by its share of the deviation, and the sum of squares gains the rest.
+            mean = means.setdefault(name, torch.zeros_like(parameter))
+            deviation = parameter.grad - mean
+            mean += deviation / seen
+            spread[depths[name]] = spread.get(depths[name], 0.0) + (deviation * (parameter.grad - mean)).sum().item()
+    model.zero_grad(set_to_none=True)
+    model.train(training)
+    found = {i: s / seen for i, s in sorted(spread.items())}
+    table = Table("Variance of the gradient by layer", ["layer", "variance"], [[i, v] for i, v in found.items()])
+    return Findings({"head_variance_share": found.get(model.stack.depth, 0.0) / max(sum(found.values()), 1e-300)}, [table])
+
+
+def matrix_gradients(model: nn.Module, matrix: str = "ffn.branch.down.weight") -> dict[int, float]:
+    """Mean absolute gradient of one matrix of every layer that has it (the feed-forward's second one); needs a backward pass done.
+
+    Source: Shleifer et al. 2021, "NormFormer", section 4: in Pre-LN networks early layers' are larger than late ones'.
+    """
+    depths = depth_of(model)
+    found = {
+        depths[n]: p.grad.detach().abs().mean().item() for n, p in model.named_parameters() if n.endswith(matrix) and p.grad is not None
+    }
+    return dict(sorted(found.items()))
+
+
 def variation(values: list[float]) -> float:
     """Coefficient of variation: standard deviation over mean."""
     mean = sum(values) / max(len(values), 1)

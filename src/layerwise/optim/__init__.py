@@ -7,4 +7,6 @@ OPTIMIZERS = {
     "rmsprop": "torch.optim:RMSprop",
     "adagrad": "torch.optim:Adagrad",
     "layca": "layerwise.optim.layca:Layca",
+    "scale": "layerwise.optim.scale:Scale",
+    "muon": "layerwise.optim.muon:Muon",
 }

@@ -10,14 +10,18 @@ from torch import nn
 
 from layerwise.errors import BadInput
 from layerwise.optim import OPTIMIZERS
+from layerwise.optim.roles import roles
 from layerwise.optim.spec import OptimizerSpec
 from layerwise.stack.depth import view
 from layerwise.stack.spec import indices
 from layerwise.table import lookup, nearest
 
 
-def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, spec: OptimizerSpec, by_role: bool = False) -> list[dict[str, Any]]:
     """Trained parameters in groups of one learning rate and one weight decay, in the model's order.
+
+    With `by_role`, a group also has one `role` (see `layerwise.optim.roles`): optimizers that treat roles differently have an
+    attribute of that name.
 
     Each group carries `lr_scale`, the factor of the scheduled learning rate that its depth gives it. Works on any network
     whose layers `view` finds; parameters that are frozen are left out.
@@ -25,14 +29,17 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec) -> list[dict[str, An
     seen = view(model)
     depths = seen.depth_of()
     by_depth = {i: scale for key, scale in spec.depth_lr.items() for i in indices(key, seen.depth)}
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    role_of = roles(model) if by_role else {}
+    groups: dict[tuple[float, float, Any], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = depths[name]
         scale = spec.layer_decay ** (seen.depth - depth) * by_depth.get(depth, 1.0)
         decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
-        group = groups.setdefault((scale, decay), {"params": [], "lr_scale": scale, "weight_decay": decay})
+        role = role_of.get(name)
+        fields = {"lr_scale": scale, "weight_decay": decay, **({"role": role} if role else {})}
+        group = groups.setdefault((scale, decay, role), {"params": [], **fields})
         group["params"].append(parameter)
     if not groups:
         raise BadInput("nothing to train: every parameter of the model is frozen")
@@ -56,7 +63,7 @@ def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimiz
     options = dict(spec.options)
     if "fused" in inspect.signature(kind).parameters and not options.get("foreach"):
         options.setdefault("fused", True)
-    groups = parameter_groups(model, spec)
+    groups = parameter_groups(model, spec, by_role=getattr(kind, "by_role", False))
     for group in groups:
         group["initial_lr"] = spec.lr * group["lr_scale"]
     return kind(groups, lr=spec.lr, **options)

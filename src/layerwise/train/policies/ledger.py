@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from layerwise.analyze.cost import Operations
 from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.analyze.ledger import LiveGradients, SavedTensors, parameter_bytes, state_bytes
-from layerwise.optim.memory import state_formula
+from layerwise.optim.memory import state_formula, trained_sizes
 from layerwise.train.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Ledger(Policy):
         }
         self.bytes = {name: max(self.bytes[name], value) for name, value in seen.items()}
         trained = [p for m in modules for p in m.parameters() if p.requires_grad]
-        state = state_formula(run.spec.optimizer, trained)
+        state = state_formula(run.spec.optimizer, trained_sizes(nn.ModuleList(modules)))
         size = trained[0].element_size()
         self._formula = {
             "param_bytes": sum(p.numel() * p.element_size() for m in modules for p in m.parameters()),
