@@ -30,7 +30,7 @@ def adam_step(
     for p in live:
         by_step.setdefault(state[p]["step"], []).append(p)
     for step, group in by_step.items():
-        gradients = [p.grad for p in group]
+        gradients = [p.grad for p in group if p.grad is not None]
         means, squares = [state[p]["exp_avg"] for p in group], [state[p]["exp_avg_sq"] for p in group]
         torch._foreach_lerp_(means, gradients, 1 - betas[0])
         torch._foreach_mul_(squares, betas[1])
