@@ -108,6 +108,5 @@ def costs(model: nn.Module, batch: dict[str, Any]) -> dict[int, Cost]:
     table[-1].flops = sum(counts.get(f"{prefix}.embedding", {}).values())  # of ours; a foreign network's count as after its layers
     for i, name in enumerate(seen.names):
         table[i].flops = sum(counts.get(f"{prefix}.{name}", {}).values())
-    table[-1].flops = sum(counts.get(f"{prefix}.embedding", {}).values())
     table[seen.depth].flops = whole - sum(c.flops for c in table.values())
     return table
