@@ -111,6 +111,8 @@ def preview_grow(
     if silent:
         if not isinstance(spec.stack, StackSpec) or any(s.placement in ("post", "deepnorm") for s in spec.stack.layers):
             raise BadInput("silent needs layers that add to the stream: of placement pre, lns or sandwich")
+        if any(s.residual_gain or s.stream_gate for s in spec.stack.layers):
+            raise BadInput("silent layers leave the stream as it is; gates and gains on the stream (stream_gate, residual_gain) would not")
         first = list(dict.fromkeys(s for s in chosen if s is not None))
         if first != list(range(len(old))):
             raise BadInput(f"silent keeps the model's outputs, so every old layer must come once in its order; the map is {chosen}")
