@@ -16,7 +16,6 @@ EDITS = {
     "lora": "layerwise.edit.adapt:lora",
     "load-lora": "layerwise.edit.adapt:load_lora",
     "merge": "layerwise.edit.linears:merge",
-    "merge-lora": "layerwise.edit.adapt:merge_lora",
     "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
     "subclone": "layerwise.edit.cloning:subclone",
 }
@@ -30,7 +29,6 @@ PREVIEWS = {
     "merge": "layerwise.edit.linears:preview_merge",
     "merge-lora": "layerwise.edit.linears:preview_merge",
     "quantize-nf4": "layerwise.edit.linears:preview_nf4",
-    "merge-lora": "layerwise.edit.adapt:preview_merge",
     "subclone": "layerwise.edit.cloning:preview_subclone",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,
