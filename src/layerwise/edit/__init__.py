@@ -16,6 +16,7 @@ EDITS = {
     "lora": "layerwise.edit.adapt:lora",
     "load-lora": "layerwise.edit.adapt:load_lora",
     "merge": "layerwise.edit.linears:merge",
+    "merge-lora": "layerwise.edit.adapt:merge_lora",
     "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
     "subclone": "layerwise.edit.cloning:subclone",
 }

@@ -53,7 +53,8 @@ def subclone(
     spec = preview_subclone(model.spec, depth=depth, width=width, kv_heads=kv_heads, ffn_width=ffn_width, blocks=blocks)
     which = kept_blocks(model.stack.depth, spec.stack.depth, blocks)
     found = neuron_importance(model, data, samples=samples, split=split) if choose == "activation" else None
-    layers = [model.stack.layers[i].spec for i in which]
+    layers: list[Any] = [model.stack.layers[i].spec for i in which]
+    destination: Any = spec.stack.layers
 
     def top(scores: Tensor | None, have: int, want: int) -> list[int]:
         """The `want` largest of `have` neurons, in their old order."""
@@ -61,7 +62,7 @@ def subclone(
 
     stream = top(found.stream if found else None, model.spec.stack.width, spec.stack.width)
     groups, ffn = [], []
-    for i, old, new in zip(which, layers, spec.stack.layers, strict=True):
+    for i, old, new in zip(which, layers, destination, strict=True):
         groups.append(top(found.groups[i] if found else None, old.kv_heads, new.kv_heads))
         ffn.append(top(found.ffn[i] if found else None, old.ffn_width, new.ffn_width))
     shallow = model.with_stack(keep(model.stack, which))

@@ -71,9 +71,9 @@ def cut_width(
     Raises:
         BadInput: a channel that is not there, or a part whose axes are not known here.
     """
-    spec = cut_spec(
-        model.spec, stream and len(stream), groups and [len(g) for g in groups], ffn and [len(f) for f in ffn], tied_scale=rescale
-    )
+    counts = [None if c is None else [len(one) for one in c] for c in (groups, ffn)]
+    spec = cut_spec(model.spec, None if stream is None else len(stream), counts[0], counts[1], tied_scale=rescale)
+    specs: Any = model.spec.stack.layers
     with torch.device("meta"):
         new = Model(spec)
     outer = {"stream": _index(stream, model.spec.stack.width, "stream")}
@@ -83,7 +83,7 @@ def cut_width(
         if name.startswith("stack.layers."):
             _, _, index, inside = name.split(".", 3)
             axes = _axes(inside, LAYER)
-            chosen = {**outer, **_layer_index(model.spec.stack.layers[int(index)], int(index), groups, ffn)}
+            chosen = {**outer, **_layer_index(specs[int(index)], int(index), groups, ffn)}
         else:
             axes, chosen = _axes(name, OUTSIDE), outer
         made[name] = _cut(tensor, axes, chosen, rescale and tensor.dim() == 2 and name not in _TABLES)
