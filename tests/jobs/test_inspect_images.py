@@ -49,6 +49,8 @@ def test_operations_of_a_patch_model_are_those_of_its_matrices(tmp_path: Path) -
     tokens, width, inner = 17, 16, 24
     whole = 2 * tokens * (4 * width * width + 2 * width * inner) + 2 * 2 * tokens * tokens * width
     assert rows[1][2] == round(whole / tokens)
+    assert rows[0][2] == round(2 * 16 * width * 3 * 4 * 4 / tokens)  # 16 patches of 4 x 4 pixels in three colours
+    assert rows[-1][2] == round(2 * width * 3 / tokens)
 
 
 def test_inspect_looks_at_both_towers(tmp_path: Path) -> None:
