@@ -32,7 +32,7 @@ def write_file(path: Path, content: bytes | str) -> Path:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a full disk does not say for which file
         raise
     _sync(path.parent)
