@@ -36,18 +36,18 @@ def _told() -> Iterator[None]:
     try:
         yield
     except BadInput as error:
-        typer.echo(f"error: {error}", err=True)
+        _tell(f"error: {error}")
         raise typer.Exit(2) from None
     except LayerwiseError as error:
-        typer.echo(f"failed: {error}", err=True)
+        _tell(f"failed: {error}")
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("stopped; go on with 'layerwise resume RUN'", err=True)
+        _tell("stopped; go on with 'layerwise resume RUN'")
         raise typer.Exit(130) from None
     except (OSError, MemoryError) as error:
         if os.environ.get("LAYERWISE_DEBUG"):
             raise
-        typer.echo(f"failed: {type(error).__name__}: {error}", err=True)
+        _tell(f"failed: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
     except Exception as error:
         if isinstance(error, typer.Exit) or os.environ.get("LAYERWISE_DEBUG"):
@@ -55,6 +55,21 @@ def _told() -> Iterator[None]:
         # A fault of ours; the last event of a run has where it happened.
         typer.echo(f"failed: {type(error).__name__}: {error}\nThis should have been told better: LAYERWISE_DEBUG=1 shows where.", err=True)
         raise typer.Exit(1) from None
+
+
+def _tell(message: str) -> None:
+    """One message on standard error, also where many processes fail together."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from layerwise.train.ranks import ranks
+
+        if not ranks().first_to_tell():
+            return
+    typer.echo(message, err=True)
+
+
+def _leads() -> bool:
+    """Whether this process speaks for the job: alone, or rank 0 of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2 or os.environ.get("RANK") == "0"
 
 
 @app.command("list")
@@ -104,7 +119,8 @@ def run(
         from layerwise.jobs.run import run_job
 
         receipt = run_job(job, folder, data_dir=data_dir, device=device, progression=Progression(quiet=quiet))
-    _print_receipt(receipt, folder)
+    if _leads():
+        _print_receipt(receipt, folder)
 
 
 @app.command()
@@ -115,7 +131,8 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run f
         from layerwise.jobs.run import resume_run
 
         receipt = resume_run(folder, progression=Progression(quiet=quiet))
-    _print_receipt(receipt, folder)
+    if _leads():
+        _print_receipt(receipt, folder)
 
 
 @app.command()

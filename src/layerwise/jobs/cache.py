@@ -54,6 +54,14 @@ class Result:
     curve: list[dict[str, Any]] = field(default_factory=list)
     model: Path | None = None
 
+    def data(self) -> dict[str, Any]:
+        """Plain data that `of` reads back."""
+        return {**asdict(self), "model": str(self.model) if self.model is not None else None}
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Result:
+        return cls(**{**data, "model": Path(data["model"]) if data["model"] is not None else None})
+
 
 class StageCache:
     """A folder of results, one folder a key; a broken one is as good as absent.

@@ -61,6 +61,15 @@ class Journal:
             raise
 
 
+class Silent(Journal):
+    """The journal of a process that does not lead: nothing is written."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+
+    def _append(self, name: str, value: dict[str, Any]) -> None: ...
+
+
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of a jsonl file; a line cut short by a crash is passed over."""
     if not path.is_file():

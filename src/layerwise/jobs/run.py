@@ -26,7 +26,7 @@ from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folde
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
 from layerwise.jobs.check import check_job
 from layerwise.jobs.console import Progression
-from layerwise.jobs.journal import LOCK, Journal, claimed, read_lines
+from layerwise.jobs.journal import LOCK, Journal, Silent, claimed, read_lines
 from layerwise.jobs.meter import metered
 from layerwise.jobs.reach import final, reached
 from layerwise.jobs.receipt import Receipt, Variant, make_receipt
@@ -41,6 +41,7 @@ from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec, spec_data
 from layerwise.report.page import write_report
 from layerwise.train.loop import Listener
+from layerwise.train.ranks import Ranks, join
 
 
 def run_job(
@@ -53,17 +54,29 @@ def run_job(
 ) -> Receipt:
     """Run a job into a new folder and return its receipt.
 
+    With several processes (`torchrun`, `accelerate launch`) all of them call this; rank 0 owns the folder and does what is done
+    once, and all train together.
+
     Raises:
         BadInput: the job cannot work, or `out` holds something already; nothing was written.
         LayerwiseError: a stage failed. KeyboardInterrupt: stopped; `resume_run(out)` goes on.
     """
+    settings = {"device": device, "data_dir": str(data_dir.resolve()) if data_dir else None}
+    here, device = join(device)
     plans = check_job(job, data_dir=data_dir, device=device)
+    if not here.leads:
+        return _follow(job, plans, data_dir, device, here)
     _check_new(out)
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"device": device, "data_dir": str(data_dir.resolve()) if data_dir else None}
     with claimed(out):
         write_file(out / "job.yaml", yaml.safe_dump({**job.model_dump(mode="json"), "run": settings}, sort_keys=False, allow_unicode=True))
-        return _Runner(job, plans, out, data_dir, device, progression or Progression()).run("run-started")
+        here.share(str(out.resolve()))
+        return _Runner(job, plans, out, data_dir, device, progression or Progression(), here).run("run-started")
+
+
+def _follow(job: Job, plans: dict[str, Plan], data_dir: Path | None, device: str, here: Ranks) -> Receipt:
+    """The part of a process that does not lead: it trains along, in the leader's folder, and says nothing."""
+    return _Runner(job, plans, Path(here.share()), data_dir, device, Progression(quiet=True), here).run("run-followed")
 
 
 def _check_new(out: Path) -> None:
@@ -93,10 +106,13 @@ def resume_run(run: Path, *, progression: Progression | None = None) -> Receipt:
         raise BadInput(f"{run / 'job.yaml'}: run: a mapping with device and data_dir is expected; got {str(settings)[:80]!r}")
     job = read_job(raw)
     data_dir = Path(str(settings["data_dir"])) if settings.get("data_dir") else None
-    device = str(settings.get("device", "cpu"))
+    here, device = join(str(settings.get("device", "cpu")))
     plans = check_job(job, data_dir=data_dir, device=device)
+    if not here.leads:
+        return _follow(job, plans, data_dir, device, here)
     with claimed(run):
-        return _Runner(job, plans, run, data_dir, device, progression or Progression()).run("run-resumed")
+        here.share(str(run.resolve()))
+        return _Runner(job, plans, run, data_dir, device, progression or Progression(), here).run("run-resumed")
 
 
 def _refuse_links(run: Path) -> None:
@@ -141,7 +157,8 @@ class _Listener(Listener):
 
     def __init__(self, runner: _Runner, variant: str, seed: int, stage: str) -> None:
         self.runner, self.labels = runner, (variant, seed, stage)
-        self.trackers = [_tracker(name, runner.out, "/".join(map(str, self.labels))) for name in runner.job.trackers]
+        wanted = runner.job.trackers if runner.here.leads else []
+        self.trackers = [_tracker(name, runner.out, "/".join(map(str, self.labels))) for name in wanted]
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None:
         self.runner.progression.step(step, total, values)
@@ -161,10 +178,12 @@ class _Listener(Listener):
 
 
 class _Runner:
-    def __init__(self, job: Job, plans: dict[str, Plan], out: Path, data_dir: Path | None, device: str, progression: Progression) -> None:
+    def __init__(
+        self, job: Job, plans: dict[str, Plan], out: Path, data_dir: Path | None, device: str, progression: Progression, here: Ranks
+    ) -> None:
         self.job, self.plans, self.out, self.data_dir, self.device = job, plans, out, data_dir, device
-        self.progression = progression
-        self.journal = Journal(out)
+        self.progression, self.here = progression, here
+        self.journal = Journal(out) if here.leads else Silent(out)
         self.cache_root = cache_folder()
         self.cache = StageCache(self._writable_cache() or out / ".cache")
         self.data: dict[str, Data] = {}
@@ -215,7 +234,8 @@ class _Runner:
     def _run(self, event: str) -> Receipt:
         job = self.job
         content = job.model_dump(mode="json")
-        self._say_changes(content)
+        if self.here.leads:
+            self._say_changes(content)
         self.journal.event(event, job=job.name, scale=job.scale, content=content)
         variants = {name: Variant() for name in self.plans}
         metrics: dict[str, dict[str, dict[str, float]]] = {name: {} for name in self.plans}
@@ -242,6 +262,10 @@ class _Runner:
                 spent[name].append(arm.seconds)
                 variants[name].params = arm.params
                 variants[name].peak_bytes = max(variants[name].peak_bytes, arm.peak_bytes)
+        if not self.here.leads:
+            receipt = Receipt.model_validate(self.here.share())
+            self.here.leave()
+            return receipt
         for name, seconds in spent.items():
             variants[name].seconds = round(sum(seconds) / max(len(seconds), 1), 3)
         sources = {s["name"]: s for data in self.data.values() for s in data.sources}
@@ -249,6 +273,8 @@ class _Runner:
         write_json(self.out / "receipt.json", receipt.dump())
         self.journal.event("run-finished", verdict=receipt.verdict)
         write_report(self.out)
+        self.here.share(receipt.dump())
+        self.here.leave()
         return receipt
 
     def _reach(self, arms: dict[str, _Arm]) -> None:
@@ -284,7 +310,7 @@ class _Runner:
             title = f"{plan.variant} seed {seed}: {stage.name}"
             key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine(), *contents(stage)])
             labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
-            result = self.cache.find(key, self._remark) if stage.kind != "export" else None
+            result = self._found(key) if stage.kind != "export" else None
             reused = result is not None
             if result is None:
                 self.journal.event("stage-started", **labels)
@@ -310,6 +336,16 @@ class _Runner:
         self._keep_model(plan, seed, arm)
         return arm
 
+    def _found(self, key: str) -> Result | None:
+        """The stage's result if it was kept. The leader looks, so that no two processes see different things."""
+
+        def look() -> dict[str, Any] | None:
+            found = self.cache.find(key, self._remark)
+            return None if found is None else found.data()
+
+        found = self.here.decided(look)
+        return None if found is None else Result.of(found)
+
     def _remark(self, message: str) -> None:
         self.progression.say(f"  {message}")
 
@@ -322,6 +358,8 @@ class _Runner:
             listener.close()
 
     def _execute(self, stage: Stage, arm: _Arm, data: Data, seed: int, key: str, plan: Plan, title: str) -> Result:
+        if not self.here.leads and stage.kind != "train":
+            return Result.of(self.here.share())  # what is done once, the leader does
         place = f"{plan.variant}/seed-{seed}"
         # A checkpoint serves only the very stage that wrote it: same settings, data, code and input model.
         checkpoints = self.out / "checkpoints" / place / f"{stage.name}-{key[:12]}"
@@ -337,6 +375,8 @@ class _Runner:
                 )  # fmt: skip
         finally:
             listener.close()
+        if not self.here.leads:
+            return Result.of(self.here.share())
         result.seconds, result.peak_bytes = meter.seconds, meter.peak_bytes
         if stage.kind == "train":
             result.curve = self.journal.curve(plan.variant, seed, stage.name)
@@ -348,13 +388,18 @@ class _Runner:
                 save(model, folder / "model", tokenizer=data.tokenizer)
         if checkpoints.is_dir():
             shutil.rmtree(checkpoints, ignore_errors=True)
+        self.here.share(result.data())
         return result
 
     def _data(self, spec: DataSpec) -> Data:
         key = digest(dataclasses.asdict(spec))
         if key not in self.data:
             self.progression.say(f"  loading {spec.source}")
-            self.data[key] = load_data(spec, self.data_dir, self.cache_root)
+            for turn in (True, False):  # the leader first: the others find what it prepared
+                if self.here.leads == turn:
+                    self.data[key] = load_data(spec, self.data_dir, self.cache_root)
+                if turn:
+                    self.here.share()
         return self.data[key]
 
     def _start(self, plan: Plan, data: Data, seed: int) -> _Arm:
@@ -371,7 +416,7 @@ class _Runner:
 
     def _keep_model(self, plan: Plan, seed: int, arm: _Arm) -> None:
         """The arm's final model in the run folder, so that it does not depend on the cache."""
-        if not any(stage.changes_model for stage in plan.stages):
+        if not self.here.leads or not any(stage.changes_model for stage in plan.stages):
             return
         target = self.out / "models" / plan.variant / f"seed-{seed}"
         source = self.cache.root / arm.key / "model"

@@ -43,7 +43,7 @@ def run_stage(
     result = Result()
     if isinstance(stage.spec, TrainSpec):
         trained = train(model, data, stage.spec, seed=stage_seed(seed, stage.name), device=device, folder=checkpoints, listener=listener)
-        result.findings = trained.findings.data()
+        model, result.findings = trained.model, trained.findings.data()
     elif isinstance(stage.spec, Generate):
         result.findings = _generated(model, data, stage.spec, seed).data()
     elif isinstance(stage.spec, Export):

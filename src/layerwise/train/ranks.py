@@ -51,10 +51,13 @@ class Ranks:
             return value
         # Asking again and again, and not one long wait in C++, lets Ctrl-C through.
         pause = 0.002
-        while not self.store.check([key]):
-            time.sleep(pause)
-            pause = min(pause * 1.5, 0.25)
-        return json.loads(self.store.get(key))
+        try:
+            while not self.store.check([key]):
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.25)
+            return json.loads(self.store.get(key))
+        except RuntimeError as error:
+            raise LayerwiseError("the leading process of this run ended") from error
 
     def decided(self, decide: Callable[[], Any]) -> Any:
         """`share` of what only the leader works out."""
