@@ -136,6 +136,32 @@ def resume(folder: Annotated[Path, typer.Argument(metavar="RUN", help="The run f
 
 
 @app.command()
+def estimate(
+    system: System,
+    set_: Set = None,
+    scale: ScaleOption = None,
+    gpus: Annotated[int, typer.Option("--gpus", help="How many share the job.")] = 1,
+    gpu: Annotated[str, typer.Option("--gpu", help="h200, h100, a100, l40s or rtx4090.")] = "h200",
+    mfu: Annotated[float | None, typer.Option("--mfu", help="Assumed share of the GPU's peak rate (0.35).")] = None,
+    data_dir: DataDir = None,
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Say what a job's training stages will need: memory of each GPU, operations, time. Nothing is trained and no weight is made."""
+    with _told():
+        from layerwise.jobs.estimate import MFU, estimate_job, estimate_rows
+
+        share = MFU if mfu is None else mfu
+        found = estimate_job(_job(system, scale, set_, None, None), gpus=gpus, gpu=gpu, mfu=share, data_dir=data_dir)
+    if json:
+        typer.echo(jsonlib.dumps([e.data() for e in found]))
+        return
+    columns, rows = estimate_rows(found)
+    _print_table(columns, rows, f"{gpus} x {gpu}, GB of each; time at {share:.0%} of the peak rate (assumed)")
+    for note in dict.fromkeys(note for e in found for note in e.notes):
+        typer.echo(f"note: {note}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(metavar="RUN")], out: Annotated[Path | None, typer.Option("--out")] = None) -> None:
     """Write the HTML page of a run anew."""
     with _told():

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 
 def _storages(value: Any) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of every storage under `value`: a tensor, or mappings and sequences of them."""
+    """(identity, bytes) of every storage under `value`: a tensor, or mappings and sequences of them."""
     if isinstance(value, Tensor):
         parts = [getattr(value, name) for name in value.__tensor_flatten__()[0]] if hasattr(value, "__tensor_flatten__") else []
         if parts:  # a wrapper of other tensors has no storage of its own
             yield from _storages(parts)
         else:
             storage = value.untyped_storage()
-            yield (storage.data_ptr() or id(storage)), storage.nbytes()
+            yield storage._cdata, storage.nbytes()  # also of storages without memory (fake tensors)
     elif isinstance(value, Mapping):
         yield from _storages(list(value.values()))
     elif isinstance(value, list | tuple | set):

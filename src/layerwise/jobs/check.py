@@ -58,7 +58,7 @@ def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") ->
     for name, plan in job.plans().items():
         with _prefixed(f"variants.{name}: " if len(job.variants) > 1 else ""):
             check_source(plan.data, data_dir)
-            plans[name] = dataclasses.replace(plan, stages=tuple(_rehearsed(plan)))
+            plans[name] = dataclasses.replace(plan, stages=tuple(rehearsed(plan)))
     return plans
 
 
@@ -89,7 +89,7 @@ def _prefixed(prefix: str) -> Iterator[None]:
         raise BadInput(f"{prefix}{error}") from error
 
 
-def _rehearsed(plan: Plan) -> Iterator[Stage]:
+def rehearsed(plan: Plan) -> Iterator[Stage]:
     """The plan's stages with complete options, each checked against the description of the model it will meet."""
     spec = _starting_spec(plan)
     _check_parts(spec)
@@ -134,6 +134,10 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
     _check_optimizer(train.optimizer)
     for key in train.optimizer.depth_lr:
         indices(key, spec.stack.depth)
+    for key in () if isinstance(train.recompute, bool) else train.recompute:
+        indices(key, (spec.decoder or spec.stack).depth)
+    if train.recompute and isinstance(spec.stack, PlainStackSpec) and any(layer.norm == "batch" for layer in spec.stack.layers):
+        raise BadInput("recompute: batch norms would count every batch twice in their running statistics; leave recompute out")
     policies = []
     for policy in train.policies:
         options = {k: v for k, v in policy.items() if k != "name"}
