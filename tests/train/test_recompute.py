@@ -33,7 +33,13 @@ def _gradients(model, **context):
 @pytest.mark.parametrize("layers", [True, ["::2"], [0, "2:4"]])
 @pytest.mark.parametrize(
     ("layer", "context"),
-    [({}, {}), ({"position": "relative"}, {}), ({"drop": 0.4}, {}), ({}, {"path": [0, 1, 1, 3]}), ({}, {"around": (StochasticDepth([0.5] * 4),)})],
+    [
+        ({}, {}),
+        ({"position": "relative"}, {}),
+        ({"drop": 0.4}, {}),
+        ({}, {"path": [0, 1, 1, 3]}),
+        ({}, {"around": (StochasticDepth([0.5] * 4),)}),
+    ],
 )
 def test_recomputed_layers_have_the_same_gradients(layers, layer, context):
     model = _model(**layer)

@@ -243,6 +243,15 @@ def estimate_rows(found: list[Estimate]) -> tuple[list[str], list[list[Any]]]:
         sizes = [e.parameters, e.gradients, e.optimizer or 0, e.activations, e.communication, e.bytes]
         hours = None if e.stage_seconds is None else e.stage_seconds / 3600
         rows.append(
-            [f"{e.variant}.{e.stage}", e.parallel, e.rows, *(s / 1e9 for s in sizes), "yes" if e.fits else "NO", e.step_flops / 1e9, e.step_seconds, hours]
+            [
+                f"{e.variant}.{e.stage}",
+                e.parallel,
+                e.rows,
+                *(s / 1e9 for s in sizes),
+                "yes" if e.fits else "NO",
+                e.step_flops / 1e9,
+                e.step_seconds,
+                hours,
+            ]
         )
     return columns, rows

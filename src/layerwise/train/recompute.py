@@ -34,8 +34,9 @@ class Recompute:
             return call(x, ctx)
 
         def inside(x: Tensor) -> Tensor:
-            # A trained position bias, which layers share, has to be made inside the layer to be made again with it.
-            return call(x, ctx if ctx.relative is None else dataclasses.replace(ctx, _made={}))
+            # Masks, angles and a trained position bias, which layers share, are made inside the layer, so that it finds the same
+            # things to do the second time.
+            return call(x, dataclasses.replace(ctx, _made={}))
 
         result: Any = checkpoint(inside, x, use_reentrant=False)
         return result
