@@ -72,6 +72,6 @@ def test_compiled_layers_have_the_same_gradients_with_recomputation_and_a_path()
         whole = _gradients(model, **context)
         again = _gradients(model, **context, around=(Recompute(True, 4),))
     assert not any("forward" in vars(layer) for layer in model.stack.layers)
-    for name in plain:
-        torch.testing.assert_close(whole[name], plain[name], rtol=1e-9, atol=1e-11)
-        torch.testing.assert_close(again[name], plain[name], rtol=1e-9, atol=1e-11)
+    for name in plain:  # the rotary angles are float32, and fused ones are rounded elsewhere
+        torch.testing.assert_close(whole[name], plain[name], rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(again[name], plain[name], rtol=1e-5, atol=1e-8)

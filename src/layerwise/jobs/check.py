@@ -134,8 +134,8 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
     _check_optimizer(train.optimizer)
     for key in train.optimizer.depth_lr:
         indices(key, spec.stack.depth)
-    for key in () if isinstance(train.recompute, bool) else train.recompute:
-        indices(key, (spec.decoder or spec.stack).depth)
+    for chosen in () if isinstance(train.recompute, bool) else train.recompute:
+        indices(chosen, (spec.decoder or spec.stack).depth)
     if train.recompute and isinstance(spec.stack, PlainStackSpec) and any(layer.norm == "batch" for layer in spec.stack.layers):
         raise BadInput("recompute: batch norms would count every batch twice in their running statistics; leave recompute out")
     policies = []

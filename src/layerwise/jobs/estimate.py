@@ -30,7 +30,7 @@ from layerwise.jobs.check import rehearsed
 from layerwise.jobs.run import filled
 from layerwise.jobs.schema import Job, Plan
 from layerwise.models.load import described
-from layerwise.models.model import Model
+from layerwise.models.model import make_model
 from layerwise.models.spec import ModelSpec
 from layerwise.objectives import OBJECTIVES
 from layerwise.optim.memory import state_formula
@@ -188,8 +188,9 @@ class _Step:
 
 def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) -> _Step:
     """One forward and backward pass over `rows` rows, without values."""
+    shapes = _batch(spec, data, rows, tokens)
     with FakeTensorMode(allow_non_fake_inputs=True), _EveryPosition(), torch.random.fork_rng(devices=[]):
-        model = Model(spec).train()
+        model = make_model(spec).train()
         objective = lookup(OBJECTIVES, train.objective, "objective")(data, **train.options)
         parameters = [*model.parameters(), *objective.parameters()]
         layers = [_bytes(list(layer.parameters())) for layer in view(model).layers]
@@ -197,22 +198,24 @@ def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) 
         context = {"around": (Recompute(train.recompute, depth),)} if train.recompute else {}
         with Operations() as operations, SavedTensors(parameters) as saved:
             with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
-                loss = objective(model, _batch(spec, data, rows, tokens), torch.Generator().manual_seed(0), **context)
+                loss = objective(
+                    model, {n: torch.zeros(s, dtype=d) for n, (s, d) in shapes.items()}, torch.Generator().manual_seed(0), **context
+                )
             forward = operations.total
             loss.mean.backward()
         whole = _bytes(parameters)
         return _Step(saved.peak, forward, operations.total, parameters, max(layers, default=0), whole - sum(layers))
 
 
-def _batch(spec: ModelSpec, data: Any, rows: int, tokens: int) -> dict[str, Tensor]:
-    if not isinstance(spec.embedding, TokenSpec):
-        assert spec.embedding.channels is not None and spec.embedding.size is not None  # filled in from the data
-        return {"pixel_values": torch.zeros(rows, spec.embedding.channels, *spec.embedding.size), "labels": torch.zeros(rows).long()}
-    ids = torch.zeros(rows, tokens, dtype=torch.long)
-    batch = {"input_ids": ids}
+def _batch(spec: ModelSpec, data: Any, rows: int, tokens: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shapes and types of what the model reads."""
+    if data.train is not None:
+        return {name: (t.shape, t.dtype) for name, t in data.train.batch(torch.arange(rows)).items()}
+    names = ["input_ids"] + (["decoder_input_ids"] if spec.decoder is not None else [])
+    batch = dict.fromkeys(names, (torch.Size([rows, tokens]), torch.long))
     if spec.head is not None and spec.head.kind == "classifier":
-        batch |= {"attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
-    return batch | ({"decoder_input_ids": ids} if spec.decoder is not None else {})
+        batch |= {"attention_mask": batch["input_ids"], "labels": (torch.Size([rows]), torch.long)}
+    return batch
 
 
 class _EveryPosition(TorchFunctionMode):
