@@ -33,7 +33,7 @@ from layerwise.models.load import described
 from layerwise.models.model import make_model
 from layerwise.models.spec import ModelSpec
 from layerwise.objectives import OBJECTIVES
-from layerwise.optim.memory import state_formula
+from layerwise.optim.memory import state_formula, trained_sizes
 from layerwise.stack.depth import view
 from layerwise.table import lookup, unknown
 from layerwise.train.recompute import Recompute
@@ -146,7 +146,7 @@ def _estimate(plan: Plan, name: str, train: TrainSpec, spec: ModelSpec, data: An
     saved = round(one.saved + (two.saved - one.saved) * (rows - 1))
     forward, whole = (two.forward - one.forward) / tokens, (two.flops - one.flops) / tokens
     parameters, trained = one.parameters, [p for p in one.parameters if p.requires_grad]
-    state = state_formula(train.optimizer, trained)
+    state = state_formula(train.optimizer, one.sizes)
     # Step counters are scalars of four bytes.
     optimizer = None if state is None else _of(trained, state) + (4 * len(trained) if train.optimizer.name != "sgd" else 0)
     held, made = _bytes(parameters), _bytes(trained)
@@ -183,6 +183,7 @@ class _Step:
     parameters: list[nn.Parameter]
     largest_layer: int
     outside: int
+    sizes: Any
     notes: tuple[str, ...] = ()
 
 
@@ -203,8 +204,8 @@ def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) 
                 )
             forward = operations.total
             loss.mean.backward()
-        whole = _bytes(parameters)
-        return _Step(saved.peak, forward, operations.total, parameters, max(layers, default=0), whole - sum(layers))
+        whole, sizes = _bytes(parameters), trained_sizes(nn.ModuleList([model, objective]))
+        return _Step(saved.peak, forward, operations.total, parameters, max(layers, default=0), whole - sum(layers), sizes)
 
 
 def _batch(spec: ModelSpec, data: Any, rows: int, tokens: int) -> dict[str, tuple[torch.Size, torch.dtype]]:

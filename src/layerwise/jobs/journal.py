@@ -67,7 +67,8 @@ class Silent(Journal):
     def __init__(self, run: Path) -> None:
         self.run = run
 
-    def _append(self, name: str, value: dict[str, Any]) -> None: ...
+    def event(self, event: str, **values: Any) -> None: ...
+    def metrics(self, variant: str, seed: int, stage: str, values: dict[str, Any]) -> None: ...
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
