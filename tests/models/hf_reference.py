@@ -15,6 +15,8 @@ def random_model(make, config, seed=0, **more):
     torch.manual_seed(seed)
     model = make(config, **more).eval()
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # sinusoids
+            continue
         gain = ("norm" in name.lower().replace("layer_norm", "norm") and name.endswith("weight")) or (
             ".ln_" in name and name.endswith("weight")
         )

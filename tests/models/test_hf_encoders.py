@@ -10,6 +10,7 @@ import transformers
 from hf_reference import SMALL, config_of, in_double, random_model, tensors_of
 from safetensors.torch import save_file
 
+import layerwise as lw
 from layerwise.errors import BadInput
 from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import export_hf, family_for, import_hf
@@ -17,6 +18,7 @@ from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.stack.context import PAD as PAD_POSITION
+from layerwise.stack.spec import StackSpec
 from layerwise.stack.surgery import keep
 
 T = transformers
@@ -38,6 +40,17 @@ CASES = {
     "electra": (T.ElectraForMaskedLM, T.ElectraConfig(**BERT, embedding_size=16, hidden_act="relu")),
     "electra-unprojected": (T.ElectraForMaskedLM, T.ElectraConfig(**BERT, embedding_size=32)),
     "electra-discriminator": (T.ElectraForPreTraining, T.ElectraConfig(**BERT, embedding_size=16)),
+}
+ALBERT = {**BERT, "embedding_size": 16}
+CASES |= {
+    "albert": (T.AlbertForMaskedLM, T.AlbertConfig(**ALBERT)),
+    "albert-two-groups": (
+        T.AlbertForMaskedLM,
+        T.AlbertConfig(**{**ALBERT, "num_hidden_layers": 5}, num_hidden_groups=2, hidden_act="gelu"),
+    ),
+    "albert-own-layers-untied": (T.AlbertForMaskedLM, T.AlbertConfig(**ALBERT, num_hidden_groups=3, tie_word_embeddings=False)),
+    "albert-pretraining": (T.AlbertForPreTraining, T.AlbertConfig(**ALBERT)),
+    "albert-base": (T.AlbertModel, T.AlbertConfig(**ALBERT)),
 }
 PAD = 1
 IDS = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -240,3 +253,35 @@ def test_minilm_goes_out_as_it_came(tmp_path):
     same = {n for n in before if not n.endswith("position_ids")}
     assert same == after.keys() and all(torch.equal(before[n], after[n]) for n in same)
     assert config_of(back) | {"dtype": None} == config_of(folder) | {"dtype": None}
+
+
+def test_the_layers_of_an_albert_stay_one(tmp_path):
+    theirs = random_model(*CASES["albert-two-groups"])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = load(save(import_hf(tmp_path / "theirs"), tmp_path / "ours"))
+    assert model.spec.stack.shared == (0, 0, 0, 3, 3)
+    assert model.stack.layers[0] is model.stack.layers[2] and model.stack.layers[3] is model.stack.layers[4]
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in theirs.parameters())
+    stored = tensors_of(tmp_path / "ours")
+    assert {name.split(".")[2] for name in stored if name.startswith("stack.layers.")} == {"0", "3"}
+    assert lw.depth_of(model)["stack.layers.4.ffn.norm.weight"] == 3
+    fresh = build(model.spec, 1)
+    assert fresh.stack.layers[0] is fresh.stack.layers[1] and fresh.stack.layers[0] is not fresh.stack.layers[3]
+    shorter = model.with_stack(keep(model.stack, [0, 1, 3, 4]))
+    assert shorter.spec.stack.shared == (0, 0, 2, 2)
+    again = T.AlbertForMaskedLM.from_pretrained(export_hf(shorter, tmp_path / "shorter")).eval()
+    assert again.config.num_hidden_groups == 2
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS).logits, shorter({"input_ids": IDS}).logits, rtol=0, atol=1e-4)
+    with pytest.raises(BadInput, match="do not share their weights as those of albert"):
+        export_hf(model.with_stack(keep(model.stack, [0, 3, 4])), tmp_path / "uneven")
+
+
+@pytest.mark.parametrize(
+    ("shared", "message"), [((0, 0), "for each of 3 layers"), ((0, 2, 2), "itself or one below"), ((0, 0, 1), "with its own")]
+)
+def test_sharing_that_cannot_be_is_refused(shared, message):
+    with pytest.raises(BadInput, match=message):
+        StackSpec(depth=3, shared=shared)
+    with pytest.raises(BadInput, match="described differently"):
+        StackSpec(depth=2, shared=(0, 0), overrides={"1": {"heads": 2}})

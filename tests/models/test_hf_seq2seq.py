@@ -6,12 +6,12 @@ import transformers as T
 from hf_reference import change_config, config_of, in_double, random_model, tensors_of
 
 from layerwise.errors import BadInput
+from layerwise.infer.generate import generate
 from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import export_hf, family_for, import_hf
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
-from layerwise.nn.cache import Cache
 from layerwise.stack.surgery import keep
 
 T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 12, "d_ff": 48, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
@@ -27,6 +27,15 @@ CASES = {
     "bart": (T.BartForConditionalGeneration, T.BartConfig(**BART)),
     "bart-scaled-relu": (T.BartForConditionalGeneration, T.BartConfig(**BART, scale_embedding=True, activation_function="relu")),
     "bart-base": (T.BartModel, T.BartConfig(**BART)),
+}
+MARIAN = {**BART, "pad_token_id": 59, "decoder_start_token_id": 59}
+CASES |= {
+    "flan": (T.T5ForConditionalGeneration, T.T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    "mt5": (T.MT5ForConditionalGeneration, T.MT5Config(**T5)),
+    "mt5-base": (T.MT5Model, T.MT5Config(**T5, feed_forward_proj="relu")),
+    "marian": (T.MarianMTModel, T.MarianConfig(**MARIAN, activation_function="swish", scale_embedding=True)),
+    "marian-gelu": (T.MarianMTModel, T.MarianConfig(**MARIAN)),
+    "marian-base": (T.MarianModel, T.MarianConfig(**MARIAN, activation_function="swish")),
 }
 CAUSAL = [name for name in CASES if not name.endswith("base")]
 IDS = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -83,14 +92,9 @@ def test_greedy_generation_is_equal_token_for_token(name, tmp_path):
     ours = import_hf(tmp_path, dtype=torch.float64)
     theirs.generation_config.eos_token_id = None
     expected = theirs.generate(IDS, attention_mask=MASK.long(), max_new_tokens=14, do_sample=False, num_beams=1)
-    ids = fed = torch.full((3, 1), theirs.config.decoder_start_token_id)
-    cache, memory = Cache(), None
-    with torch.no_grad():
-        for _ in range(14):
-            out = ours({"input_ids": IDS, "attention_mask": MASK, "decoder_input_ids": fed}, cache=cache, memory=memory)
-            memory, fed = out.memory, out.logits[:, -1:].argmax(-1)
-            ids = torch.cat([ids, fed], dim=1)
-    assert torch.equal(ids, expected)
+    assert torch.equal(generate(ours, IDS, attention_mask=MASK.long(), new=14), expected)
+    with pytest.raises(BadInput, match="give start"):
+        generate(build(ours.spec), IDS)
 
 
 @pytest.mark.parametrize("through_ours", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from layerwise.analyze.attention import layer_entropies
@@ -11,7 +12,7 @@ from layerwise.analyze.gradients import gradient_norms
 from layerwise.analyze.similarity import angular_distance
 from layerwise.embed.patches import PatchEmbedding
 from layerwise.evaluate.batches import batches, split_of
-from layerwise.models.model import Model
+from layerwise.models.model import Model, rebuilt
 from layerwise.stack.spec import StackSpec
 
 
@@ -23,9 +24,13 @@ def inspect(
     A patch of an image is a token, and sound has frames; operations of convolutions are counted per image, and they have neither an angle, since their maps
     change size, nor attention.
 
+    Of an encoder-decoder the encoder is looked at: any text runs through that.
+
     Args:
         objective: whose gradients are shown (None: that of the model's head; without a head there are none).
     """
+    if isinstance(model, Model) and model.decoder is not None:
+        model = rebuilt(model, dataclasses.replace(model.spec, decoder=None, target=None, head=None))
     rows = next(batches(split_of(data, split), 1, 1, model.device))
     unit, units = _units(model, rows)
     cost = costs(model, rows)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
+from layerwise.models.checkpoint import origin_of
 from layerwise.models.model import Model
 from layerwise.nn.cache import Cache
 
@@ -21,16 +22,20 @@ def generate(
     top_p: float = 1.0,
     stop: int | None = None,
     attention_mask: Tensor | None = None,
+    start: int | None = None,
     path: list[int] | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "b s_new"]:
     """Continue `ids` by up to `new` tokens; returns prompts and continuations, rows that stopped early filled with `stop`.
 
+    An encoder-decoder reads `ids` and writes a text of its own: what is returned begins with `start`.
+
     Args:
         temperature: 0 takes the most probable token; above, samples from the softened distribution.
         top_p: sample among the smallest set of tokens whose probability exceeds it (Holtzman et al. 2020).
         stop: token that ends a row.
-        attention_mask: (b, s), 0 where prompts are padded (on the left).
+        attention_mask: (b, s), 0 where prompts are padded (on the left; an encoder's on either side).
+        start: the token before the first of an encoder-decoder's text (None: the one its checkpoint's config names).
         path: layers to run, in order, instead of each once.
         seed: of the sampling.
     """
@@ -39,13 +44,20 @@ def generate(
     if ids.dim() != 2 or not ids.shape[1]:
         raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
     generator = torch.Generator(device=ids.device).manual_seed(seed)
-    cache = Cache()
+    cache, source, memory = Cache(), None, None
+    if model.decoder is not None:
+        source = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
+        ids = torch.full((len(ids), 1), _start(model) if start is None else start, device=ids.device)
     done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    fed, mask = ids, attention_mask
+    fed, mask = ids, attention_mask if source is None else None
     with inference(model):
         for _ in range(new):
-            batch = {"input_ids": fed} if mask is None else {"input_ids": fed, "attention_mask": mask}
-            out = model(batch, cache=cache, path=path)
+            if source is not None:
+                batch = {**source, "decoder_input_ids": fed}
+            else:
+                batch = {"input_ids": fed} if mask is None else {"input_ids": fed, "attention_mask": mask}
+            out = model(batch, cache=cache, memory=memory, path=path)
+            memory = out.memory
             out.hidden = out.hidden[:, -1:]
             token = sample(out.logits[:, -1], temperature, top_p, generator)
             if stop is not None:
@@ -57,6 +69,14 @@ def generate(
             if stop is not None and bool(done.all()):
                 break
     return ids
+
+
+def _start(model: Model) -> int:
+    origin = origin_of(model)
+    for settings in (origin.generation, origin.config) if origin is not None else ():
+        if isinstance(found := settings.get("decoder_start_token_id"), int):
+            return found
+    raise BadInput("an encoder-decoder begins its text with a token that this model's config does not name: give start")
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Int[Tensor, " b"]:

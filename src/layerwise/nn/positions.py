@@ -130,6 +130,7 @@ def grid_offsets(grid: tuple[int, int], device: torch.device | None = None) -> I
 def sinusoids(positions: Int[Tensor, "*b s"], width: int) -> Float[Tensor, "*b s width"]:
     """Fixed sine/cosine position vectors, sines in the first half; an odd width ends in 0. Source: Vaswani et al. 2017, section 3.5."""
     half = width // 2
-    frequency = torch.exp(-math.log(10000.0) * torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angles = positions[..., None].float() * frequency
-    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1), (0, width % 2))
+    # In float32 the angle of position 500 is off by 3e-5 already; tables are made in float64 and rounded once.
+    wide = torch.float32 if positions.device.type == "mps" else torch.float64
+    angles = positions[..., None].to(wide) / 10000.0 ** (torch.arange(half, device=positions.device, dtype=wide) / half)
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=-1).float(), (0, width % 2))

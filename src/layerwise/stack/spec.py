@@ -289,6 +289,7 @@ class StackSpec:
         final_norm: a last norm on the stack's output, of the kind that `layer` has.
         init_std: standard deviation of the initial weights.
         scaled_init: initial weights that write into the residual stream are divided by sqrt(2 depth).
+        shared: for each layer the one whose weights it has, itself or one below (ALBERT: all zeros); empty: each has its own.
         buckets, max_distance: of T5's relative position bias, shared by all layers with `position: relative`.
     """
 
@@ -301,6 +302,7 @@ class StackSpec:
     scaled_init: bool = False
     buckets: int = 32
     max_distance: int = 128
+    shared: tuple[int, ...] = ()
 
     __pydantic_config__ = FORBID
 
@@ -318,11 +320,25 @@ class StackSpec:
             raise BadInput(f"init_std must be >= 0; it is {self.init_std}")
         layers = self.layers  # resolving checks every layer
         self._check_relative([s for s in layers if s.position == "relative"])
+        self._check_shared()
         shared = {(s.position, s.heads, s.grid) for s in layers if s.position in ("relative", "grid_shared")}
         if len(shared) > 1:
             raise BadInput(
                 f"a stack has one shared position bias, so its layers' kinds, heads and grids must agree; got {sorted(map(str, shared))}"
             )
+
+    def _check_shared(self) -> None:
+        """Layers that share weights are alike."""
+        if not self.shared:
+            return
+        layers = self.layers
+        if len(self.shared) != self.depth:
+            raise BadInput(f"shared names a layer for each of {self.depth} layers; it has {len(self.shared)} entries")
+        for i, first in enumerate(self.shared):
+            if not 0 <= first <= i or self.shared[first] != first:
+                raise BadInput(f"shared: layer {i} has the weights of layer {first}, which must be itself or one below with its own")
+            if layers[i] != layers[first]:
+                raise BadInput(f"shared: layers {first} and {i} cannot have the same weights: they are described differently")
 
     def _check_relative(self, layers: list[LayerSpec]) -> None:
         """Layers with relative positions share one bias."""
@@ -348,18 +364,25 @@ class StackSpec:
         return tuple(_replace(self.layer, c).resolve(i, self.depth, self.width) for i, c in enumerate(changes))
 
     def with_layers(self, layers: Sequence[LayerSpec]) -> StackSpec:
-        """The spec whose `layers` are exactly `layers`, and whose final norm stays of its kind.
+        """The spec whose `layers` are exactly `layers`, and whose final norm stays of its kind. As many and alike share what they shared.
 
         The layer that needs the fewest overrides is the default, apart from its norm. (The most common value of every field would
         be shorter, but such a layer need not be possible.)
         """
         if not layers:
-            return dataclasses.replace(self, depth=0, overrides={})
+            return dataclasses.replace(self, depth=0, overrides={}, shared=())
         plain = [{f.name: getattr(s, f.name) for f in dataclasses.fields(s)} for s in layers]
         kept = {name: getattr(self.layer, name) for name in ("norm", "norm_eps", "norm_bias")}
         common = min((p | kept for p in plain), key=lambda base: sum(v != base[k] for p in plain for k, v in p.items()))
         overrides = {str(i): {k: v for k, v in p.items() if v != common[k]} for i, p in enumerate(plain)}
-        return dataclasses.replace(self, depth=len(layers), layer=LayerSpec(**common), overrides={k: v for k, v in overrides.items() if v})
+        alike = len(self.shared) == len(layers) and all(layers[i] == layers[first] for i, first in enumerate(self.shared))
+        return dataclasses.replace(
+            self,
+            depth=len(layers),
+            layer=LayerSpec(**common),
+            overrides={k: v for k, v in overrides.items() if v},
+            shared=self.shared if alike else (),
+        )
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -30,7 +31,7 @@ class Stack(nn.Module):
     def __init__(self, spec: StackSpec | Any, layers: Sequence[Any] | None = None) -> None:
         super().__init__()
         self.spec = spec
-        self.layers: Any = nn.ModuleList([make_layer(s) for s in spec.layers] if layers is None else layers)
+        self.layers: Any = nn.ModuleList(_made(spec) if layers is None else layers)
         self.norm = make_final_norm(spec)
         self.relative: RelativeBias | GridBias | None = None
         if isinstance(spec, StackSpec):
@@ -86,6 +87,9 @@ class Stack(nn.Module):
             BadInput: a layer has relative positions and this stack has no bias for them.
         """
         spec = self.spec.with_layers([layer.spec for layer in layers])
+        if isinstance(spec, StackSpec):
+            firsts = [next(i for i, other in enumerate(layers) if other is layer) for layer in layers]
+            spec = dataclasses.replace(spec, shared=tuple(firsts) if len(set(firsts)) < len(firsts) else ())
         with torch.device("meta"):
             new = Stack(spec, layers)
         new.norm = self.norm
@@ -97,6 +101,15 @@ class Stack(nn.Module):
                 )
             new.relative = self.relative
         return new.train(self.training)
+
+
+def _made(spec: StackSpec | Any) -> list[nn.Module]:
+    """New layers; those that share weights are one module that stands several times."""
+    made: list[nn.Module] = []
+    for i, layer in enumerate(spec.layers):
+        first = spec.shared[i] if getattr(spec, "shared", ()) else i
+        made.append(make_layer(layer) if first == i else made[first])
+    return made
 
 
 def _wrapped(i: int, layer: nn.Module, call: Call, around: Sequence[Around]) -> Call:

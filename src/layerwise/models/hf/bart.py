@@ -14,7 +14,8 @@ EPS, OFFSET = 1e-5, 2
 """Fixed in their code."""
 
 
-def _read(config: dict[str, Any], head: bool) -> ModelSpec:
+def read(config: dict[str, Any], head: bool) -> ModelSpec:
+    """Their config to our description."""
     width, dropout = config["d_model"], config.get("dropout", 0.1)
     layer: dict[str, Any] = {
         "qkv_bias": True,
@@ -50,7 +51,8 @@ def _read(config: dict[str, Any], head: bool) -> ModelSpec:
     )
 
 
-def _write(spec: ModelSpec) -> dict[str, Any]:
+def write(spec: ModelSpec) -> dict[str, Any]:
+    """Our description to their config."""
     tokens, stack, decoder = tokens_of(spec), stack_of(spec), spec.decoder
     assert decoder is not None
     below, above = stack.layers[0], decoder.layers[0]
@@ -97,8 +99,8 @@ def _stack(ours: str, theirs: str, embedding: str) -> tuple[Rule, ...]:
 
 FAMILY = Family(
     "bart",
-    _read,
-    _write,
+    read,
+    write,
     (
         Rule(("embedding.tokens",), "model.shared", also=("model.encoder.embed_tokens", "model.decoder.embed_tokens")),
         *_stack("stack", "encoder", "embedding"),

@@ -162,9 +162,26 @@ class Family:
         if is_tied(spec):
             found = [dataclasses.replace(p, also=(*p.also, *self.head_names)) if self.scored(spec) in p.ours else p for p in found]
         named = {name for pair in found for name in pair.ours} | {second for second, _ in self.shared}
+        if self.place is not None:  # where several layers have one place, the lowest of them stands there
+            found = list({pair.theirs: pair for pair in reversed(found)}.values())[::-1]
         if nameless := sorted(shapes.keys() - named):
             raise BadInput(f"{self.name} checkpoints have no name for {nameless[0]}")
         return found
+
+
+def layer_ties(spec: ModelSpec | TwoTowersSpec) -> dict[str, str]:
+    """Our second name of a tensor that layers share -> its first."""
+    ties: dict[str, str] = {}
+    if isinstance(spec, TwoTowersSpec):
+        return ties
+    shared = {side: getattr(getattr(spec, side, None), "shared", ()) for side in ("stack", "decoder")}
+    for name in shapes_of(spec) if any(shared.values()) else ():
+        side, _, rest = name.partition(".layers.")
+        number, _, leaf = rest.partition(".")
+        firsts = shared.get(side)
+        if firsts and number.isdigit() and firsts[int(number)] != int(number):
+            ties[name] = f"{side}.layers.{firsts[int(number)]}.{leaf}"
+    return ties
 
 
 def shapes_of(spec: ModelSpec) -> dict[str, Tensor]:

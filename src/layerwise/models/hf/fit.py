@@ -132,6 +132,8 @@ def _stack_differences(family: str, where: str, ours: Any, theirs: Any) -> Itera
                 yield f"{where}layer {i} has {field} {here[field]!r} and layer 0 has {first[field]!r}; a {family} cannot have both"
             else:
                 yield f"{where}layer {i} has {field} {here[field]!r}; {family} layers have {there.get(field)!r}"
+    if (shares := getattr(theirs, "shared", ())) and getattr(ours, "shared", ()) != shares:
+        yield f"its {where}layers do not share their weights as those of {family} do ({shares})"
     yield from _named(family, f"its {where or 'stack'}".strip(), _around(ours), _around(theirs))
 
 

@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 from layerwise.files import CHECKSUMS, check_folder, whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
-from layerwise.models.hf.family import Family, Pair, is_tied, parts_of, shapes_of
+from layerwise.models.hf.family import Family, Pair, is_tied, layer_ties, parts_of, shapes_of
 from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -49,7 +49,7 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
         spec, ours, carried = _ours(family, spec, _renamed(family, theirs, spec))
     except BadInput as error:
         raise BadInput(f"{folder} does not fit its config: {error}") from error
-    model = assemble(spec, ours, dict(family.shared), dtype, folder)
+    model = assemble(spec, ours, dict(family.shared) | layer_ties(spec), dtype, folder)
     return with_origin(model, Origin(config, _generation(folder), carried, read_sidecars(folder)))
 
 
