@@ -1,4 +1,4 @@
-"""`docs/systems.md`, generated from the catalogue and the receipts: `python -m layerwise.jobs.docs [--check]`."""
+"""`docs/systems.md` and `docs/models.md`, generated from the catalogue and the receipts: `python -m layerwise.jobs.docs [--check]`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.files import write_file
+from layerwise.jobs import models_page
 from layerwise.jobs.catalogue import SYSTEMS, listing, receipt_data
 from layerwise.jobs.yamlfile import read_yaml
 
@@ -63,16 +64,17 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
 
 
 def main() -> int:
-    """Write the page, or with `--check` say whether it is up to date."""
-    path = Path(__file__).resolve().parents[3] / "docs" / "systems.md"
-    text = page()
-    if "--check" in sys.argv:
-        if not path.is_file() or path.read_text() != text:
-            print("docs/systems.md does not agree with the catalogue and the receipts: run 'make docs'", file=sys.stderr)
-            return 1
-        return 0
-    write_file(path, text)
-    return 0
+    """Write the pages, or with `--check` say whether they are up to date."""
+    folder = Path(__file__).resolve().parents[3] / "docs"
+    stale = 0
+    for name, text in (("systems.md", page()), ("models.md", models_page.page())):
+        path = folder / name
+        if "--check" not in sys.argv:
+            write_file(path, text)
+        elif not path.is_file() or path.read_text() != text:
+            print(f"docs/{name} does not agree with the catalogue and the receipts: run 'make docs'", file=sys.stderr)
+            stale = 1
+    return stale
 
 
 if __name__ == "__main__":
