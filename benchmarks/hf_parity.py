@@ -3,7 +3,7 @@
     python benchmarks/hf_parity.py [--families bert,t5]     # writes receipts/parity.json; 'make docs' makes docs/models.md of it
 
 A new family is one line of `CASES`: its `model_type`, a transformers class, a small config, what the model reads
-(`text`, `pair`: a text and a target, `image`, `both`: CLIP), and what the config covers, in words. A family may have several lines.
+(`text`, `pair`: a text and a target, `image`, `both`: CLIP, `sound`: a waveform, `speech`: log-mel frames and a target), and what the config covers, in words. A family may have several lines.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ CONV = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2], "num_la
 CLIP_TEXT = {**SMALL, "max_position_embeddings": 12, "eos_token_id": 59, "bos_token_id": 57, "pad_token_id": 58}
 CLIP_IMAGE = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
 CLIP_IMAGE |= {"patch_size": 4}
+SOUND = {"vocab_size": 14, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+SOUND |= {"conv_dim": [12, 16, 20], "conv_kernel": [10, 3, 2], "conv_stride": [5, 2, 2], "num_conv_pos_embeddings": 8}
+SOUND |= {"num_conv_pos_embedding_groups": 4}
+STABLE = {"do_stable_layer_norm": True, "feat_extract_norm": "layer", "conv_bias": True}
+WHISPER = {"vocab_size": 60, "num_mel_bins": 8, "d_model": 32, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4}
+WHISPER |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 40, "max_source_positions": 20}
+WHISPER |= {"max_target_positions": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3}
 WINDOWS = ["full_attention", "sliding_attention", "full_attention"]
 ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 ROPE |= {"original_max_position_embeddings": 48}
@@ -95,6 +102,10 @@ CASES = (
     Case("clip_text_model", T.CLIPTextModel, T.CLIPTextConfig(**CLIP_TEXT), "text", "causal text tower"),
     Case("clip_vision_model", T.CLIPVisionModel, T.CLIPVisionConfig(**CLIP_IMAGE), "image", "image tower"),
     Case("clip", T.CLIPModel, T.CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_IMAGE, projection_dim=20), "both", "both towers and their similarity"),
+    Case("wav2vec2", T.Wav2Vec2ForCTC, T.Wav2Vec2Config(**SOUND), "sound", "convolutional frames, post-norm"),
+    Case("wav2vec2", T.Wav2Vec2ForCTC, T.Wav2Vec2Config(**SOUND, **STABLE), "sound", "pre-norm (large)"),
+    Case("hubert", T.HubertForCTC, T.HubertConfig(**SOUND), "sound", "convolutional frames, post-norm"),
+    Case("whisper", T.WhisperForConditionalGeneration, T.WhisperConfig(**WHISPER), "speech", "log-mel frames, encoder and decoder"),
 )  # fmt: skip
 """Every family of `layerwise.models.hf.FAMILIES`."""
 
@@ -107,11 +118,15 @@ def batch_for(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         found["input_ids"] = torch.randint(3, 57, (3, 12), generator=draw)
         if case.family.startswith("clip"):
             found["input_ids"][:, -1] = 59  # the token whose vector stands for the text
-    if case.reads == "pair":
+    if case.reads in ("pair", "speech"):
         found["decoder_input_ids"] = torch.randint(3, 57, (3, 9), generator=draw)
     if case.reads in ("image", "both"):
         size = getattr(case.config, "image_size", 16)
         found["pixel_values"] = torch.randn(3, 3, size, size, generator=draw).to(dtype)
+    if case.reads == "sound":
+        found["input_values"] = torch.randn(3, 420, generator=draw).to(dtype)
+    if case.reads == "speech":
+        found["input_features"] = torch.randn(3, 8, 40, generator=draw).to(dtype)
     return found
 
 
@@ -190,8 +205,8 @@ def _round_trip(folder: Path) -> bool:
 
 
 def _generates(ours: Any, theirs: Any, case: Case) -> bool | None:
-    """Whether ten greedy tokens after left-padded prompts (masked sources) are equal; None where nothing is generated."""
-    if not getattr(ours, "causal", False) or getattr(ours, "head", None) is None or not theirs.can_generate():
+    """Whether ten greedy tokens after left-padded prompts (masked sources) are equal; None where nothing is generated, or not from text."""
+    if case.reads not in ("text", "pair") or not ours.causal or getattr(ours, "head", None) is None or not theirs.can_generate():
         return None
     ids = batch_for(case, torch.float64)["input_ids"]
     mask = torch.ones_like(ids)

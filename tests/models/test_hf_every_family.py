@@ -66,7 +66,8 @@ def test_convert_and_inspect_work_on_every_family_of_text(family, tmp_path, word
     layers = [row for row in found.tables[0].rows if isinstance(row[0], int)]
     model = import_hf(tmp_path / "theirs")
     assert page.is_file() and len(layers) == model.stack.depth
-    assert all(row[1] > 0 and row[2] > 0 and 0 <= row[3] <= 1 for row in layers)
+    firsts = model.spec.stack.shared or range(model.stack.depth)  # weights that layers share count once
+    assert all((row[1] > 0) == (firsts[row[0]] == row[0]) and row[2] > 0 and 0 <= row[3] <= 1 for row in layers)
 
 
 @pytest.mark.parametrize("family", TEXT)

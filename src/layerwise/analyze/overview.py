@@ -40,7 +40,7 @@ def inspect(
         angles = {row[0]: row[1] for row in found.tables.pop(0).rows}
         entropy = dict(enumerate(layer_entropies(model, data, split=split, batch=min(batch, 8))))
     norms: dict[Cell, Cell] = {}
-    objective = objective or _objective(model, rows)
+    objective = objective or _objective(model, rows, data)
     if objective is not None:
         gradients = gradient_norms(model, data, split=split, objective=objective, batch=batch)
         norms = {row[0]: row[1] for row in gradients.tables[0].rows}
@@ -68,11 +68,13 @@ def _units(model: Model, rows: dict[str, Any]) -> tuple[str, int]:
     return "token", len(rows["pixel_values"]) * (model.embedding.spec.prefix + down * right)
 
 
-def _objective(model: Model, rows: dict[str, Any]) -> str | None:
-    """What a model with such a head is trained for, as far as the data can tell."""
+def _objective(model: Model, rows: dict[str, Any], data: Any) -> str | None:
+    """What a model with such a head is trained for; None where the data cannot tell: no labels, no token that masks."""
     head = model.spec.head
     if head is None or head.kind == "projection":
         return None
     if head.kind == "classifier":
         return "classification" if "labels" in rows and head.pool != "none" else None
-    return "causal-lm" if model.causal else "masked-lm"
+    if model.causal:
+        return "causal-lm"
+    return "masked-lm" if getattr(data, "mask_id", None) is not None else None

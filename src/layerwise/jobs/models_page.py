@@ -21,7 +21,7 @@ A family that is not here is still seen by `layerwise.view`, `depth_of` and what
 Each row is a small random model, every parameter off its default, against transformers {transformers} (torch {torch}). Differences are
 the largest over all layers' hidden states and over the logits, as a share of the largest value where that is above 1. Round trip: Hugging
 Face to ours, through our own format, and back is the identity on every tensor and on the config. Generation: ten greedy tokens after
-padded prompts are equal token for token ("-": the model generates nothing).
+padded prompts are equal token for token ("-": it generates nothing, or not from text).
 
 | family | class | covers | hidden, float32 | logits, float32 | hidden, float64 | logits, float64 | round trip | generation |
 |---|---|---|---|---|---|---|---|---|
