@@ -106,7 +106,10 @@ def costs(model: nn.Module, batch: dict[str, Any]) -> dict[int, Cost]:
     counts = counter.get_flop_counts()
     whole = sum(counts.get("Global", {}).values())
     table[-1].flops = sum(counts.get(f"{prefix}.embedding", {}).values())  # of ours; a foreign network's count as after its layers
-    for i, name in enumerate(seen.names):
-        table[i].flops = sum(counts.get(f"{prefix}.{name}", {}).values())
+    for layer in dict.fromkeys(seen.layers):
+        # A layer that stands in several places is counted under its first name: each of its visits cost the same.
+        places = [i for i, other in enumerate(seen.layers) if other is layer]
+        for i in places:
+            table[i].flops = sum(counts.get(f"{prefix}.{seen.names[places[0]]}", {}).values()) // len(places)
     table[seen.depth].flops = whole - sum(c.flops for c in table.values())
     return table
