@@ -22,7 +22,7 @@ LAYER = {
     "ffn.branch.down": "ffn_output",
     "ffn.norm": "full_layer_layer_norm",
 }
-DEFAULTS = {"hidden_act": "gelu_new", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DEFAULTS: dict[str, Any] = {"hidden_act": "gelu_new", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Where ALBERT's differ from BERT's."""
 
 
