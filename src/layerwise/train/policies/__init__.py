@@ -3,6 +3,7 @@
 from layerwise.train.policies.policy import Policy
 
 POLICIES = {
+    "clip-parameters": "layerwise.train.policies.clip:ClipParameters",
     "freeze": "layerwise.train.policies.freeze:Freeze",
     "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
     "growth": "layerwise.train.policies.growth:Growth",
