@@ -18,9 +18,11 @@ from layerwise.data.raw import Raw, Rows
 BUILTIN = {
     "docs": "layerwise.data.builtin:docs",
     "code": "layerwise.data.builtin:code",
+    "docs-or-code": "layerwise.data.builtin:docs_or_code",
     "digits": "layerwise.data.builtin:digits",
 }
-KINDS = {"docs": "text", "code": "text", "digits": "images"}
+KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "digits": "images"}
+LABELLED = ("docs-or-code", "digits")
 
 _SKIPPED = {
     "site-packages",
@@ -59,6 +61,14 @@ def code() -> Raw:
     """Python: the library's source files, one document a file."""
     documents = [path.read_text(encoding="utf-8", errors="replace") for path in _library()]
     return Raw("text", "builtin:code", {"train": Rows(texts=[_clean(d) for d in documents if d.strip()])})
+
+
+def docs_or_code() -> Raw:
+    """Lines of English (label 0) and of Python (1) of at least 30 characters, every tenth of both: a small labelled set of texts."""
+    parts = [[line.strip() for text in made().splits["train"].texts or [] for line in text.split("\n")] for made in (docs, code)]
+    lines = [sorted({line for line in part if len(line) >= 30})[::10] for part in parts]
+    labels = np.repeat(np.arange(2, dtype=np.int64), [len(part) for part in lines])
+    return Raw("text", "builtin:docs-or-code", {"train": Rows(texts=lines[0] + lines[1], labels=labels)})
 
 
 def digits() -> Raw:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.data.builtin import BUILTIN, KINDS, identity
+from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, identity
 from layerwise.data.paths import data_files, descriptions, kind_of, splits_of
 from layerwise.data.raw import Raw, Rows
 from layerwise.data.spec import DataSpec
@@ -29,7 +29,7 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
     if kind == "builtin":
         lookup(dict.fromkeys(BUILTIN, "layerwise.data.raw:Raw"), name, "built-in corpus")
         _refuse_columns(spec)
-        check_fit(spec, KINDS[name], labelled=KINDS[name] == "images")
+        check_fit(spec, KINDS[name], labelled=name in LABELLED)
     elif kind != "hub":
         folder = _folder(kind, name, data_dir)
         files = data_files(folder)

@@ -10,6 +10,8 @@ from typing import Any
 from layerwise.table import member
 
 EDITS = {
+    "binarize": "layerwise.edit.binary:binarize",
+    "classifier-head": "layerwise.edit.head:classifier_head",
     "drop-layers": "layerwise.edit.drop:drop_layers",
     "grow": "layerwise.edit.growth:grow",
     "initialize": "layerwise.edit.reset:initialize",
@@ -17,11 +19,14 @@ EDITS = {
     "load-lora": "layerwise.edit.adapt:load_lora",
     "merge": "layerwise.edit.linears:merge",
     "merge-lora": "layerwise.edit.adapt:merge_lora",
+    "pack-binary": "layerwise.edit.binary:pack_binary",
     "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
     "subclone": "layerwise.edit.cloning:subclone",
 }
 
 PREVIEWS = {
+    "binarize": "layerwise.edit.binary:preview_binarize",
+    "classifier-head": "layerwise.edit.head:preview_classifier",
     "drop-layers": "layerwise.edit.drop:preview_drop",
     "grow": "layerwise.edit.growth:preview_grow",
     "initialize": "layerwise.edit.reset:preview_initialize",
@@ -29,6 +34,7 @@ PREVIEWS = {
     "load-lora": "layerwise.edit.adapt:preview_load",
     "merge": "layerwise.edit.linears:preview_merge",
     "merge-lora": "layerwise.edit.linears:preview_merge",
+    "pack-binary": "layerwise.edit.binary:preview_pack",
     "quantize-nf4": "layerwise.edit.linears:preview_nf4",
     "subclone": "layerwise.edit.cloning:preview_subclone",
 }

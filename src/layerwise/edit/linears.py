@@ -28,7 +28,13 @@ def merge(model: Model) -> Model:
 
 def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
     """What `merge` makes of a model's description."""
-    plain = _with_stacks(spec, lambda layer: dataclasses.replace(layer, linears={}))
+
+    def dense(layer: LayerSpec) -> LayerSpec:
+        if any(s.kind.startswith("binary") for s in layer.linears.values()):
+            raise BadInput("binary linears binarize their inputs too: no dense matrix computes the same, so merge cannot make them dense")
+        return dataclasses.replace(layer, linears={})
+
+    plain = _with_stacks(spec, dense)
     return dataclasses.replace(plain, adapters_only=False)
 
 

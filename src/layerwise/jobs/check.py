@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from layerwise.data.builtin import KINDS
+from layerwise.data.builtin import KINDS, LABELLED
 from layerwise.data.load import check_source
 from layerwise.data.tokenizer import SPECIALS
 from layerwise.edit import PREVIEWS
@@ -39,6 +39,7 @@ from layerwise.train.spec import TrainSpec
 NEEDS_HEAD = {
     "causal-lm": "lm",
     "masked-lm": "lm",
+    "distilled-masked-lm": "lm",
     "language-modeling": "lm",
     "classification": "classifier",
     "layer-drop": "lm",
@@ -175,7 +176,7 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput("masked-lm needs layers that see both sides; this model's are causal")
     if isinstance(spec.stack, PlainStackSpec) and need == "lm":
         raise BadInput(f"{stage.what} reads text; this model reads images")
-    if need == "classifier" and _builtin(plan) == "text":
+    if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{stage.what} needs data with labels; {plan.data.source} has none")
 
 

@@ -23,6 +23,8 @@ LINEARS = {
     "nf4": "layerwise.nn.linears.quantized:Quantized",
     "qlora": "layerwise.nn.linears.quantized:QLoRA",
     "loqt": "layerwise.nn.linears.loqt:LoQT",
+    "binary": "layerwise.nn.linears.binary:Binary",
+    "binary-packed": "layerwise.nn.linears.binary:PackedBinary",
 }
 
 

@@ -90,5 +90,7 @@ class Residual(nn.Module):
                 linear.initialize(scale, generator)
             elif is_norm(linear):
                 fill_norm(linear, 1.0)
+            elif hasattr(linear, "initialize"):
+                linear.initialize(std, generator)
             elif isinstance(linear, GridBias):
                 nn.init.normal_(linear.weight, std=std, generator=generator)

@@ -3,6 +3,7 @@
 OBJECTIVES = {
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
+    "distilled-masked-lm": "layerwise.objectives.binary:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",
     "hidden-distillation": "layerwise.objectives.distill:HiddenDistillation",
     "logit-distillation": "layerwise.objectives.distill:LogitDistillation",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layerwise.nn.cache import Slot
     from layerwise.stack.context import Context
 
-MIXERS = {"attention": "layerwise.nn.attention:Attention"}
+MIXERS = {"attention": "layerwise.nn.attention:Attention", "binary-attention": "layerwise.nn.binary_attention:BinaryAttention"}
 LAYERS = {"LayerSpec": "layerwise.stack.layer:Layer", "PlainLayerSpec": "layerwise.models.bottleneck:make_plain"}
 FINAL_NORMS = {"PlainStackSpec": "layerwise.models.plain:PlainNorm"}
 

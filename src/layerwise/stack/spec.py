@@ -34,7 +34,8 @@ class LinearSpec:
 
     Attributes:
         kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`; `lora` (dense and frozen, plus a trained low-rank term);
-            `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`.
+            `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`;
+            `binary` (one-bit matrix and inputs) and `binary-packed` (the same, frozen, eight weights to a byte).
         rank: rank of the low-rank term, for the kinds that have one.
         alpha: the low-rank term is scaled by `alpha / rank`, None means `alpha = rank`; `loqt` scales by `alpha` itself (None: 1).
         dropout: dropout on the input of the low-rank term (lora, qlora).
@@ -126,6 +127,7 @@ class LayerSpec:
             nothing were scaled, `scale` does not.
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
+        estimator_rank: for binary-attention: rank of its full-precision estimates (0: none).
         linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense, and `*` stands for all
             roles of the layer that are not named.
     """
@@ -167,6 +169,7 @@ class LayerSpec:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop: float = 0.0
+    estimator_rank: int = 1
     linears: dict[str, LinearSpec] = field(default_factory=dict)
 
     __pydantic_config__ = FORBID

@@ -1,0 +1,34 @@
+"""Another head on the same stack."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+
+from layerwise.models.model import Model, rebuilt
+from layerwise.models.spec import HeadSpec, ModelSpec
+
+
+def classifier_head(
+    model: Model, *, classes: int, pool: Literal["mean", "first", "last"] = "mean", dropout: float = 0.0, seed: int | None = None
+) -> Model:
+    """The model with a fresh classifier in place of its head; embedding and stack are shared.
+
+    Args:
+        classes: number of classes. pool: how positions are reduced. dropout: before the classifier. seed: of its weights.
+    """
+    new = rebuilt(model, preview_classifier(model.spec, classes=classes, pool=pool, dropout=dropout))
+    head: Any = new.head
+    head.to_empty(device=model.device)
+    std = getattr(model.spec.stack, "init_std", None)
+    head.initialize(std, torch.Generator(device=model.device).manual_seed(seed or 0))
+    return new
+
+
+def preview_classifier(
+    spec: ModelSpec, *, classes: int, pool: Literal["mean", "first", "last"] = "mean", dropout: float = 0.0, **_: Any
+) -> ModelSpec:
+    """What `classifier_head` makes of a model's description."""
+    return dataclasses.replace(spec, head=HeadSpec("classifier", classes=classes, pool=pool, dropout=dropout, bias=True))

@@ -1,0 +1,140 @@
+"""Binary parts (card 094): values, hand-made gradients, estimators, packed storage."""
+
+import pytest
+import torch
+
+import layerwise as lw
+from layerwise.errors import BadInput
+from layerwise.models.model import build
+from layerwise.models.presets import preset
+from layerwise.models.spec import model_spec
+from layerwise.nn.binarize import Elastic, binary_weight, sign
+from layerwise.nn.binary_attention import Estimators
+from layerwise.nn.linear import make_linear
+from layerwise.nn.linears.binary import Binary
+from layerwise.stack.spec import LayerSpec, LinearSpec
+
+IDS = torch.randint(0, 50, (2, 10), generator=torch.Generator().manual_seed(0))
+
+
+def _elastic(alpha, signed=True):
+    made = Elastic(signed)
+    made.initialize(0.0, torch.Generator())
+    with torch.no_grad():
+        made.alpha.fill_(alpha)
+        made.ready.fill_(True)
+    return made
+
+
+def _bert(binary=True, rank=1):
+    data = preset("bert")
+    data["stack"] |= {"depth": 2, "width": 32}
+    data["stack"]["layer"] |= {"heads": 4}
+    data["embedding"] |= {"vocab": 50}
+    model = build(model_spec(data)).eval()
+    return lw.edit.binarize(model, estimator_rank=rank) if binary else model
+
+
+def test_1_2_4_7_weights_have_two_values_scaled_by_mean_magnitude_and_pass_gradients_through():
+    weight = (torch.randn(8, 6) + 0.5).requires_grad_()
+    made = binary_weight(weight)
+    assert made.unique().numel() == 2
+    torch.testing.assert_close(made.abs(), weight.abs().mean().expand(8, 6))
+    assert torch.equal(sign(torch.tensor([0.0, -0.0, -1.0])), torch.tensor([1.0, 1.0, -1.0]))
+    g = torch.randn(8, 6)
+    (made * g).sum().backward()
+    torch.testing.assert_close(weight.grad, g)
+    rows = binary_weight(weight.detach(), rows=True)
+    torch.testing.assert_close(rows.abs()[:, 0], weight.detach().abs().mean(dim=1))
+
+
+def test_1_3_elastic_activations_on_five_numbers_by_hand():
+    x = torch.tensor([-2.0, -0.4, 0.0, 0.3, 0.9], requires_grad=True)
+    g = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    signed = _elastic(0.5)
+    y = signed(x)
+    assert torch.equal(y, torch.tensor([-0.5, -0.5, 0.5, 0.5, 0.5]))
+    y.backward(g)
+    assert torch.equal(x.grad, torch.tensor([0.0, 2.0, 3.0, 4.0, 0.0]))
+    torch.testing.assert_close(signed.alpha.grad, torch.tensor((-1 - 2 + 3 + 4 + 5) / 5**0.5))
+
+    x = torch.tensor([0.0, 0.1, 0.3, 0.5, 0.9], requires_grad=True)
+    unsigned = _elastic(0.5, signed=False)
+    y = unsigned(x)
+    assert torch.equal(y, torch.tensor([0.0, 0.0, 0.5, 0.5, 0.5]))
+    y.backward(g)
+    assert torch.equal(x.grad, torch.tensor([1.0, 2.0, 3.0, 4.0, 0.0]))
+    # round(q) - q inside, 1 above: q = 0, .2, .6, 1, 1.8
+    torch.testing.assert_close(unsigned.alpha.grad, torch.tensor((0 + 2 * -0.2 + 3 * 0.4 + 0 + 5 * 1) / 5**0.5))
+
+
+def test_5_without_estimates_it_is_plain_binary_attention_and_they_add_five_vectors_a_layer():
+    plain, estimated = _bert(rank=0), _bert(rank=1)
+    count = sum(p.numel() for p in estimated.parameters()) - sum(p.numel() for p in plain.parameters())
+    assert count == 2 * 5 * (32 + 1)
+    for module in estimated.modules():
+        if isinstance(module, Estimators):
+            for p in module.parameters():
+                torch.nn.init.zeros_(p)
+    assert torch.equal(plain({"input_ids": IDS}).logits, estimated({"input_ids": IDS}).logits)
+
+
+def test_6_estimates_have_rank_three_at_most_and_the_true_residuals_give_the_whole_product():
+    made = Estimators(16, 1)
+    e = made.scores(torch.randn(1, 9, 16))
+    assert torch.linalg.matrix_rank(e[0, 0], rtol=1e-5) <= 3
+    q, k = torch.randn(9, 4), torch.randn(9, 4)
+    qb, kb = 0.7 * sign(q), 0.6 * sign(k)
+    rq, rk = q - qb, k - kb
+    torch.testing.assert_close(q @ k.T, qb @ kb.T + qb @ rk.T + rq @ kb.T + rq @ rk.T, atol=1e-5, rtol=1e-5)
+
+
+def test_8_the_scale_is_set_once_on_the_first_batch_and_stays_when_loaded(tmp_path):
+    elastic = Elastic()
+    elastic.initialize(0.0, torch.Generator())
+    x = torch.randn(4, 5)
+    elastic(x)
+    torch.testing.assert_close(elastic.alpha.detach(), 2 * x.abs().mean())
+    kept = elastic.alpha.detach().clone()
+    elastic(10 * x)
+    other = Elastic()
+    other.load_state_dict(elastic.state_dict())
+    other(100 * x)
+    assert torch.equal(elastic.alpha.detach(), kept) and torch.equal(other.alpha.detach(), kept)
+    model = _bert()
+    logits = model({"input_ids": IDS}).logits
+    lw.save(model, tmp_path / "m")
+    back = lw.load(tmp_path / "m")
+    back({"input_ids": IDS.flip(0)[:, :3]})
+    torch.testing.assert_close(back({"input_ids": IDS}).logits, logits)
+
+
+def test_packed_matrices_take_a_bit_a_weight_and_compute_the_same(tmp_path):
+    model = _bert()
+    logits = model({"input_ids": IDS}).logits
+    packed = lw.edit.pack_binary(model)
+    torch.testing.assert_close(packed({"input_ids": IDS}).logits, logits, atol=0, rtol=0)
+    linear = packed.stack.layers[0].ffn.branch.up
+    assert linear.bits.numel() == 32 * 128 // 8
+    lw.save(packed, tmp_path / "p")
+    assert torch.equal(lw.load(tmp_path / "p")({"input_ids": IDS}).logits, packed({"input_ids": IDS}).logits)
+    for edit in (lw.edit.merge, lw.edit.binarize):
+        with pytest.raises(BadInput):
+            edit(packed)
+
+
+def test_at_the_size_of_bert_the_layers_take_28_times_less_memory():
+    with torch.device("meta"):
+        shapes = [(768, 768)] * 4 + [(768, 3072), (3072, 768)]
+        spec = LayerSpec(linears={"q": LinearSpec("binary-packed")})
+        packed = sum(make_linear("q", i, o, True, spec).bytes for i, o in shapes)
+    assert 26 < sum(4 * (i * o + o) for i, o in shapes) / packed < 32
+
+
+def test_training_starts_from_the_teachers_weights_and_the_given_model_stays():
+    teacher = _bert(binary=False)
+    student = lw.edit.binarize(teacher)
+    first = student.stack.layers[0].mixer.branch.q
+    assert isinstance(first, Binary) and torch.equal(first.weight, teacher.stack.layers[0].mixer.branch.q.weight)
+    student({"input_ids": IDS}).logits.square().mean().backward()
+    assert all(p.grad is not None for p in first.parameters())
