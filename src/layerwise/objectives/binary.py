@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.data.masking import mask_tokens
-from layerwise.models.model import Model
 from layerwise.objectives.language import MaskedLM, score_labels
 from layerwise.objectives.loss import Loss
 from layerwise.objectives.teacher import Teacher
@@ -31,7 +30,7 @@ class DistilledMaskedLM(MaskedLM):
         super().__init__(data, rate=rate)
         self.teacher, self.weight = Teacher(teacher), weight
 
-    def forward(self, model: Model, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
+    def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
         ids, labels = mask_tokens(
             batch["input_ids"],
             rate=self.rate,
@@ -45,7 +44,7 @@ class DistilledMaskedLM(MaskedLM):
         masked = {**batch, "input_ids": ids}
         ours = model(masked, hiddens=True, **context)
         theirs = self.teacher(masked, ours.hidden.device, hiddens=True)
-        loss = score_labels(model, ours.hidden, labels)
+        loss = score_labels(ours.model, ours.hidden, labels)
         real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
         pairs = zip(ours.hiddens or (), theirs.hiddens or (), strict=True)
         distance: Tensor = torch.stack([F.mse_loss(a[real], b[real]) for a, b in pairs]).mean()
