@@ -15,6 +15,7 @@ ANALYSES = {
     "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
     "gradient-variance": "layerwise.analyze.gradients:gradient_variance",
     "stream-variance": "layerwise.analyze.stream:stream_variance",
+    "weight-sizes": "layerwise.analyze.sparsity:weight_sizes",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
 }
 

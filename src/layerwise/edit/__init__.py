@@ -12,6 +12,8 @@ from layerwise.table import member
 EDITS = {
     "binarize": "layerwise.edit.binary:binarize",
     "classifier-head": "layerwise.edit.head:classifier_head",
+    "prune-magnitude": "layerwise.edit.prune.magnitude:prune_magnitude",
+    "rewind": "layerwise.edit.prune.magnitude:rewind",
     "drop-layers": "layerwise.edit.drop:drop_layers",
     "grow": "layerwise.edit.growth:grow",
     "initialize": "layerwise.edit.reset:initialize",
@@ -27,6 +29,8 @@ EDITS = {
 PREVIEWS = {
     "binarize": "layerwise.edit.binary:preview_binarize",
     "classifier-head": "layerwise.edit.head:preview_classifier",
+    "prune-magnitude": "layerwise.edit.prune.magnitude:preview_prune",
+    "rewind": "layerwise.edit.prune.magnitude:preview_rewind",
     "drop-layers": "layerwise.edit.drop:preview_drop",
     "grow": "layerwise.edit.growth:preview_grow",
     "initialize": "layerwise.edit.reset:preview_initialize",

@@ -42,6 +42,9 @@ NEEDS_HEAD = {
     "distilled-masked-lm": "lm",
     "language-modeling": "lm",
     "classification": "classifier",
+    "deep-supervision": "classifier",
+    "forward-forward": "classifier",
+    "mono-forward": "classifier",
     "layer-drop": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",
@@ -149,7 +152,7 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
         if (check := getattr(kind, "check", None)) is not None:
             with _prefixed(f"policies.{policy['name']}: "):
                 check(train)
-        for key in complete.get("layers", ()):
+        for key in complete.get("layers") or ():
             indices(key, spec.stack.depth)
         policies.append({"name": policy["name"], **complete})
     return dataclasses.replace(train, policies=tuple(policies))

@@ -1,6 +1,9 @@
 """What a model is trained for: `objective(model, batch, generator) -> Loss`."""
 
 OBJECTIVES = {
+    "deep-supervision": "layerwise.objectives.deep_supervision:DeepSupervision",
+    "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
+    "mono-forward": "layerwise.objectives.mono_forward:MonoForward",
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "distilled-masked-lm": "layerwise.objectives.binary:DistilledMaskedLM",

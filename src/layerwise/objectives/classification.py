@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from layerwise.errors import BadInput
 from layerwise.objectives.loss import Loss
+from layerwise.objectives.objective import Objective
 
 
-class Classification(nn.Module):
+class Classification(Objective):
     """Cross-entropy of the class scores against `labels` (b,); metric `accuracy`.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -16,12 +16,13 @@ from layerwise.models.heads import LMHead
 from layerwise.models.model import Model, Output
 from layerwise.objectives.cross_entropy import CHUNK_ELEMENTS
 from layerwise.objectives.loss import Loss
+from layerwise.objectives.objective import Objective
 from layerwise.objectives.teacher import Teacher
 
 Distance = Literal["mse", "cosine"]
 
 
-class HiddenDistillation(nn.Module):
+class HiddenDistillation(Objective):
     """Each position's hidden vectors are drawn to the teacher's, averaged over pairs of layers.
 
     Source: Jiao et al. 2020, "TinyBERT", equation 8 (mse), without its projection: student and teacher have the same width.
@@ -53,7 +54,7 @@ class HiddenDistillation(nn.Module):
         return F.mse_loss(ours, theirs.to(ours.dtype), reduction="none").mean(dim=-1).sum()
 
 
-class LogitDistillation(nn.Module):
+class LogitDistillation(Objective):
     """KL(teacher || student) of softened distributions, temperature^2 times: of every token's successor, or of the classes.
 
     Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2.

@@ -14,6 +14,7 @@ from layerwise.models.heads import LMHead
 from layerwise.models.model import Model
 from layerwise.objectives.cross_entropy import linear_cross_entropy
 from layerwise.objectives.loss import Loss
+from layerwise.objectives.objective import Objective
 
 
 def score_labels(model: Model, hidden: Tensor, labels: Tensor) -> Loss:
@@ -31,7 +32,7 @@ def score_labels(model: Model, hidden: Tensor, labels: Tensor) -> Loss:
     return Loss(total, torch.tensor(len(labelled), device=total.device))
 
 
-class CausalLM(nn.Module):
+class CausalLM(Objective):
     """Predict every token from those before it; `labels`, if the batch has them, say which count (-100: not)."""
 
     def __init__(self, data: Any = None) -> None:
@@ -52,7 +53,7 @@ class CausalLM(nn.Module):
         return score_labels(out.model, out.hidden[:, :-1], target)
 
 
-class MaskedLM(nn.Module):
+class MaskedLM(Objective):
     """Predict the tokens that were masked, a fresh choice at every step. Source: Devlin et al. 2019, section 3.1.
 
     Args:

@@ -18,11 +18,13 @@ class Loss:
         total: sum over the items, with gradient.
         count: number of items.
         metrics: further sums over the same items, by name, without gradient (correct predictions, parts of the loss).
+        applied: the gradients are in place already (an objective that differentiates layer by layer).
     """
 
     total: Tensor
     count: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    applied: bool = False
 
     @property
     def mean(self) -> Tensor:

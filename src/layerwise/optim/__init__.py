@@ -6,6 +6,7 @@ OPTIMIZERS = {
     "sgd": "torch.optim:SGD",
     "rmsprop": "torch.optim:RMSprop",
     "adagrad": "torch.optim:Adagrad",
+    "gsm": "layerwise.optim.gsm:GSM",
     "layca": "layerwise.optim.layca:Layca",
     "scale": "layerwise.optim.scale:Scale",
     "muon": "layerwise.optim.muon:Muon",

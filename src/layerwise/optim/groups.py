@@ -24,7 +24,8 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec, by_role: bool = Fals
     attribute of that name.
 
     Each group carries `lr_scale`, the factor of the scheduled learning rate that its depth gives it. Works on any network
-    whose layers `view` finds; parameters that are frozen are left out.
+    whose layers `view` finds; parameters that are frozen are left out. A parameter's own `lr_scale`, if it has that attribute,
+    multiplies too.
     """
     seen = view(model)
     depths = seen.depth_of()
@@ -35,7 +36,7 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec, by_role: bool = Fals
         if not parameter.requires_grad:
             continue
         depth = depths[name]
-        scale = spec.layer_decay ** (seen.depth - depth) * by_depth.get(depth, 1.0)
+        scale = spec.layer_decay ** (seen.depth - depth) * by_depth.get(depth, 1.0) * getattr(parameter, "lr_scale", 1.0)
         decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
         role = role_of.get(name)
         fields = {"lr_scale": scale, "weight_decay": decay, **({"role": role} if role else {})}

@@ -12,8 +12,8 @@ def warmup_steps(spec: ScheduleSpec, total: int) -> int:
     return int(spec.warmup if spec.warmup >= 1 else round(spec.warmup * total))
 
 
-def factor(spec: ScheduleSpec, step: int, total: int) -> float:
-    """The factor of the peak learning rate that step `step` (0-based) of `total` uses.
+def factor(spec: ScheduleSpec, step: float, total: int) -> float:
+    """The factor of the peak learning rate that step `step` (0-based; a fraction where a policy runs the clock) of `total` uses.
 
     Sources: Loshchilov & Hutter 2017 (cosine); Hu et al. 2024, "MiniCPM" (wsd); Vaswani et al. 2017 (inverse square root).
     """

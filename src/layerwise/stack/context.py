@@ -76,8 +76,12 @@ class Context:
         if self.cache is not None:
             self.cache.advance(x.shape[1])
 
-    def select(self, tokens: Int[Tensor, "b k"]) -> Context:
-        """The context of a subset of positions: `tokens` are indices into the sequence, for each row."""
+    def select(self, tokens: Int[Tensor, "b k"], *, ordered: bool = False) -> Context:
+        """The context of a subset of positions: `tokens` are indices into the sequence, for each row.
+
+        Args:
+            ordered: they rise in every row and no window is looked through, so a causal mask of the subset is the plain one.
+        """
         assert self.positions is not None
         rows = tokens.shape[0]
         chosen = {
@@ -88,7 +92,7 @@ class Context:
         if self.condition is not None and self.condition.dim() == 3:
             index = tokens[..., None].expand(-1, -1, self.condition.shape[-1])
             chosen["condition"] = self.condition.expand(rows, -1, -1).gather(1, index)
-        return dataclasses.replace(self, **chosen, plain=False, _made={})
+        return dataclasses.replace(self, **chosen, plain=self.plain and ordered, _made={})
 
     def rows(self, index: Int[Tensor, " k"]) -> Context:
         """The context of some rows of the batch."""

@@ -61,12 +61,13 @@ class Run:
     Attributes:
         model, objective, optimizer, data, spec, seed, device: what runs.
         step: steps done. total: steps of the stage. seconds: time spent, over all resumptions.
+        clock: where the learning rate's schedule stands, in steps; it is `step` unless a policy sets it before a step.
         last: the newest logged values.
         norm: of the step's gradients, where a policy has used them up before the loop could see them.
     """
 
     model: Any
-    objective: nn.Module
+    objective: Any
     data: Any
     spec: TrainSpec
     seed: int
@@ -75,6 +76,7 @@ class Run:
     listener: Listener
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
+    clock: float = 0.0
     seconds: float = 0.0
     tokens: int = 0
     pending: dict[str, float] = field(default_factory=dict)
@@ -157,6 +159,10 @@ def train(
     if shards(spec):
         step_module = spread(step_module, model, spec, accelerator.device, skips=False)
     run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
+    row = data.train.batch(torch.zeros(1, dtype=torch.long))
+    objective.attach(model, {name: value.to(accelerator.device) for name, value in row.items()})
+    if shards(spec) and any(True for _ in objective.parameters()):
+        raise BadInput(f"{spec.objective} has heads of its own, which are not sharded: use parallel: ddp")
     for policy in policies:
         policy.start(run)
     run.optimizer = make_optimizer(step_module, spec.optimizer)
@@ -173,8 +179,7 @@ def train(
         policy.end(run)
     model.eval()
     found = Findings({"train_loss": window.last} if window.last is not None else {})
-    for policy in policies:
-        more = policy.findings()
+    for more in (objective.finish(model, data), *(policy.findings() for policy in policies)):
         if more is not None:
             found.metrics |= more.metrics
             found.tables += more.tables
@@ -271,12 +276,13 @@ class _Loop:
     def _step(self, stop: threading.Event) -> Tensor:
         """One optimizer step; returns the gradient norm before clipping."""
         run, spec = self.run_, self.run_.spec
-        set_lr(run.optimizer, factor(spec.schedule, run.step, run.total))
+        run.clock = run.step
         seed = (run.seed * 1_000_003 + run.step) & 0x7FFF_FFFF
         torch.manual_seed(seed)
         self.generator.manual_seed(seed + self.rank)
         for policy in self.policies:
             policy.before_step(run)
+        set_lr(run.optimizer, factor(spec.schedule, run.clock, run.total))
         around = (*(a for policy in self.policies for a in policy.around), *self.recompute)
         rows = self.order.indices(run.step)
         # Alone, one micro-batch is divided by its own count. Several micro-batches or processes are divided by one number
@@ -284,12 +290,14 @@ class _Loop:
         alone = spec.accumulate == 1 and self.world == 1
         usual = spec.batch / self.world * max(getattr(run.data.train, "tokens_per_row", 0), 1)
         counted: Tensor | None = None
+        run.objective.before_step(run.step, run.total, None if alone else usual)
         for i, micro in enumerate(rows.chunk(spec.accumulate)):
             batch = self._batch(micro[self.rank :: self.world])
             with waiting(self.module, i < spec.accumulate - 1):
                 with self.accelerator.autocast():
                     loss = self.module(batch, self.generator, around)
-                (loss.total / (loss.count.clamp(min=1) if alone else usual)).backward()
+                if not loss.applied:
+                    (loss.total / (loss.count.clamp(min=1) if alone else usual)).backward()
             counted = loss.count if counted is None else counted + loss.count
             self.window.add(loss)
             run.tokens += micro.numel() * (getattr(run.data.train, "tokens_per_row", 0) or 1)
@@ -332,7 +340,7 @@ class _Loop:
             self._diverged("the loss or the gradient is not finite")
         if spec.divergence is not None and self.window.first is not None and values["loss"] > spec.divergence * abs(self.window.first) + 1:
             self._diverged(f"the loss has grown from {self.window.first:.4g} to {values['loss']:.4g}")
-        values |= {"lr": spec.optimizer.lr * factor(spec.schedule, run.step - 1, run.total), "grad_norm": norm.item()}
+        values |= {"lr": spec.optimizer.lr * factor(spec.schedule, run.clock, run.total), "grad_norm": norm.item()}
         values |= {"tokens": run.tokens, "seconds": round(run.seconds, 3)}
         run.log(values)
         return values

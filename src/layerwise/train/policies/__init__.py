@@ -4,6 +4,8 @@ from layerwise.train.policies.policy import Policy
 
 POLICIES = {
     "clip-parameters": "layerwise.train.policies.clip:ClipParameters",
+    "keep-zeros": "layerwise.train.policies.keep_zeros:KeepZeros",
+    "random-ltd": "layerwise.train.policies.random_ltd:RandomLTD",
     "freeze": "layerwise.train.policies.freeze:Freeze",
     "gradient-norms": "layerwise.train.policies.gradients:GradientNorms",
     "growth": "layerwise.train.policies.growth:Growth",
