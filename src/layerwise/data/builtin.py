@@ -19,9 +19,10 @@ BUILTIN = {
     "docs": "layerwise.data.builtin:docs",
     "code": "layerwise.data.builtin:code",
     "docs-or-code": "layerwise.data.builtin:docs_or_code",
+    "docs+code": "layerwise.data.builtin:mixture",
     "digits": "layerwise.data.builtin:digits",
 }
-KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "digits": "images"}
+KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images"}
 LABELLED = ("docs-or-code", "digits")
 
 _SKIPPED = {
@@ -69,6 +70,19 @@ def docs_or_code() -> Raw:
     lines = [sorted({line for line in part if len(line) >= 30})[::10] for part in parts]
     labels = np.repeat(np.arange(2, dtype=np.int64), [len(part) for part in lines])
     return Raw("text", "builtin:docs-or-code", {"train": Rows(texts=lines[0] + lines[1], labels=labels)})
+
+
+def mixture() -> Raw:
+    """The documents of `docs`, and as many characters of `code`; a document is in the same split as there."""
+    english = docs().splits["train"].texts or []
+    python = code().splits["train"].texts or []
+    room, chosen = sum(map(len, english)), []
+    for document in sorted(python, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        if room <= 0:
+            break
+        chosen.append(document)
+        room -= len(document)
+    return Raw("text", "builtin:docs+code", {"train": Rows(texts=[*english, *chosen])})
 
 
 def digits() -> Raw:

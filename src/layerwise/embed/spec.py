@@ -20,6 +20,9 @@ class TokenSpec:
         max_length: number of learned positions. offset: rows of their table before position 0 (RoBERTa, OPT and BART have
             two); padding uses the last of them.
         size: of the vectors before they are projected to the stack's width (None: no projection). ELECTRA's factorization.
+        table: where the token vectors come from: `learned` ones are trained; the others never change, see `layerwise.embed.frozen`:
+            `glyphs`, pictures of the tokens, and `binary`, the digits of their ids.
+        strings: what is drawn for each token id (for glyphs; filled in when the job runs).
         types: number of token types (BERT's segments); 0 has none.
         scale: multiplies the token vectors (Gemma, T5-style models and the first Transformer use sqrt(width)).
         std: standard deviation of the initial vectors (None: the stack's `init_std`).
@@ -33,6 +36,8 @@ class TokenSpec:
     max_length: int = 512
     offset: int = 0
     size: int | None = None
+    table: Literal["learned", "glyphs", "binary"] = "learned"
+    strings: tuple[str, ...] = ()
     types: int = 0
     scale: float = 1.0
     std: float | None = None

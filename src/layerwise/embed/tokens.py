@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.embed.frozen import FrozenTable, binary_table, glyph_table
 from layerwise.embed.spec import TokenSpec
+from layerwise.errors import BadInput
 from layerwise.nn.norms import fill_norm, make_norm
 from layerwise.nn.positions import sinusoids
 
@@ -21,7 +23,7 @@ class TokenEmbedding(nn.Module):
         assert spec.vocab is not None, "the vocabulary size is filled in before a model is built"
         self.spec, self.width = spec, width
         size = spec.size or width
-        self.tokens = nn.Embedding(spec.vocab, size)
+        self.tokens: Any = nn.Embedding(spec.vocab, size) if spec.table == "learned" else FrozenTable(spec.vocab, size)
         self.positions = nn.Embedding(spec.max_length + spec.offset, size) if spec.position == "learned" else None
         self.types = nn.Embedding(spec.types, size) if spec.types else None
         self.norm = make_norm(spec.norm, size, spec.norm_eps) if spec.norm else None
@@ -46,7 +48,9 @@ class TokenEmbedding(nn.Module):
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
         table_std = std if self.spec.std is None else self.spec.std
-        for table in (self.tokens, self.positions, self.types):
+        if self.spec.table != "learned":
+            self.tokens.weight.copy_(self._frozen(self.tokens.weight.shape[1]))
+        for table in (self.tokens if self.spec.table == "learned" else None, self.positions, self.types):
             if table is not None:
                 nn.init.normal_(table.weight, std=table_std, generator=generator)
         if self.norm is not None:
@@ -54,3 +58,12 @@ class TokenEmbedding(nn.Module):
         if self.project is not None:
             nn.init.normal_(self.project.weight, std=std, generator=generator)
             nn.init.zeros_(self.project.bias)
+
+    def _frozen(self, size: int) -> Tensor:
+        """The vectors of a table that is not learned."""
+        vocab, strings = self.spec.vocab or 0, self.spec.strings
+        if self.spec.table == "binary":
+            return binary_table(vocab, size)
+        if len(strings) != vocab:
+            raise BadInput(f"embedding.strings says what to draw for each of the {vocab} tokens; it has {len(strings)}")
+        return glyph_table(strings, size)

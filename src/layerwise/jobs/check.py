@@ -37,6 +37,7 @@ from layerwise.train.policies import POLICIES
 from layerwise.train.spec import TrainSpec
 
 NEEDS_HEAD = {
+    "composition": "lm",
     "causal-lm": "lm",
     "masked-lm": "lm",
     "distilled-masked-lm": "lm",
@@ -62,6 +63,10 @@ def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") ->
     for name, plan in job.plans().items():
         with _prefixed(f"variants.{name}: " if len(job.variants) > 1 else ""):
             check_source(plan.data, data_dir)
+            for stage in plan.stages:
+                if stage.source is not None:
+                    with _prefixed(f"stages.{stage.name}: "):
+                        check_source(stage.source, data_dir)
             plans[name] = dataclasses.replace(plan, stages=tuple(rehearsed(plan)))
     return plans
 
@@ -100,7 +105,10 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
     _match_data(spec, plan)
     for i, stage in enumerate(plan.stages):
         with _prefixed(f"stages.{stage.name}: "):
-            _check_head(stage, spec, plan)
+            there = plan if stage.source is None else dataclasses.replace(plan, data=stage.source)
+            if stage.source is not None:
+                _match_data(spec, there)
+            _check_head(stage, spec, there)
             check_references(stage, plan.stages[:i], plan.model)
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))

@@ -307,6 +307,7 @@ class _Runner:
         data = self._data(plan.data)
         arm = self._start(plan, data, seed)
         for stage in plan.stages:
+            data = self._data(stage.source or plan.data)
             title = f"{plan.variant} seed {seed}: {stage.name}"
             key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine(), *contents(stage)])
             labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
@@ -441,6 +442,9 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
         if isinstance(spec.embedding, TokenSpec) and (spec.embedding.vocab or 0) < data.vocab:
             raise BadInput(f"model.embedding.vocab is {spec.embedding.vocab}, but the tokenizer has {data.vocab} tokens: leave vocab out")
     embedding, stack, head = spec.embedding, spec.stack, spec.head
+    if isinstance(embedding, TokenSpec) and embedding.table == "glyphs" and not embedding.strings and data.tokenizer is not None:
+        strings = tuple(data.tokenizer.id_to_token(i) or " " for i in range(embedding.vocab or 0))
+        embedding = dataclasses.replace(embedding, strings=strings)
     if isinstance(embedding, PixelSpec | PatchSpec | StemSpec):
         if data.kind != "images":
             raise BadInput(f"the model reads images but the data is {data.kind}")

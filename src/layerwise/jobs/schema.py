@@ -104,6 +104,7 @@ class Stage:
     Attributes:
         name: its key. kind: one of `VERBS`. what: the objective, edit, analysis or evaluation.
         options: of a stage that calls a function. spec: of a stage that trains, generates or exports.
+        source: the stage's own data, if it does not use the job's.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Stage:
     what: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     spec: TrainSpec | Generate | Export | None = None
+    source: DataSpec | None = None
 
     @property
     def changes_model(self) -> bool:
@@ -290,7 +292,7 @@ def _plan(variant: str, data: dict[str, Any]) -> Plan:
         if not isinstance(data[section], dict):
             raise BadInput(f"{section}: a mapping is expected (got {str(data[section])[:80]!r})")
     data = _texts_as_keys(data)
-    stages = tuple(_stage(name, value) for name, value in data["stages"].items())
+    stages = tuple(_with_source(name, value, data["data"]) for name, value in data["stages"].items())
     if not stages:
         raise BadInput(f"variants.{variant}: no stage is left")
     return Plan(variant, parsed(_adapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
@@ -321,6 +323,19 @@ def _model(data: dict[str, Any]) -> ModelSpec | Path:
         if isinstance(depth, int | float) and depth > LAYERS_AT_MOST:
             raise BadInput(f"model.{part}.depth: at most {LAYERS_AT_MOST:,} layers; got {depth:,}")
     return parsed(_adapter(ModelSpec), data, "model")
+
+
+def _with_source(name: str, value: Any, job_data: dict[str, Any]) -> Stage:
+    """A stage; its `data`, if it has some, is laid over the job's and shares the job's tokens."""
+    if not isinstance(value, dict) or "data" not in value:
+        return _stage(name, value)
+    where = f"stages.{name}.data"
+    if not isinstance(value["data"], dict):
+        raise BadInput(f"{where}: a mapping is expected (got {str(value['data'])[:80]!r})")
+    source = parsed(_adapter(DataSpec), merged(job_data, value["data"]), where)
+    if source.tokenizer.kind not in ("bytes", "file"):
+        raise BadInput(f"{where}: stages share one vocabulary, so data.tokenizer.kind must be bytes or file; it is {source.tokenizer.kind}")
+    return dataclasses.replace(_stage(name, {k: v for k, v in value.items() if k != "data"}), source=source)
 
 
 def _stage(name: str, value: Any) -> Stage:
