@@ -54,7 +54,7 @@ def test_pictures_are_read_outward_from_the_centre():
 
 def test_binary_codes_have_rank_sixteen():
     table = binary_table(262, 64)
-    assert torch.linalg.matrix_rank(table.double()) <= 16 and torch.equal(table, binary_table(262, 64))
+    assert torch.linalg.matrix_rank(table.double(), rtol=1e-5) <= 16 and torch.equal(table, binary_table(262, 64))
     torch.testing.assert_close(table.norm(dim=1), torch.ones(262), rtol=0, atol=1e-6)
 
 
