@@ -251,3 +251,23 @@ def test_a_star_stands_for_all_roles_that_are_not_named():
         "up": "nf4",
         "down": "nf4",
     }
+
+
+@pytest.mark.parametrize(
+    ("width", "ffn", "depth", "rank", "sltrain", "loqt"),
+    [(512, 1376, 8, 128, 0.755, 0.708), (1024, 2736, 24, 256, 0.543, 0.450)],
+)
+def test_parameters_gradients_and_adam_take_the_share_of_dense_training_that_arithmetic_says(width, ffn, depth, rank, sltrain, loqt):
+    """At the papers' 60M and 350M sizes, 16-bit numbers and moments; indices and packed codes as they are stored."""
+    shapes = [(width, width)] * 4 + [(width, ffn), (width, ffn), (ffn, width)]
+    other = 8 * (2 * 32000 * width + (2 * depth + 1) * width)
+
+    def held(spec):
+        with torch.device("meta"):
+            made = [make_linear("q", i, o, False, LayerSpec(linears={"q": spec})) for i, o in shapes]
+        stored = sum(b.numel() * b.element_size() for m in made for b in m.buffers())
+        return other + depth * (stored + 8 * sum(p.numel() for m in made for p in m.parameters()))
+
+    full = held(LinearSpec())
+    assert held(LinearSpec("sparse-low-rank", rank=rank)) / full == pytest.approx(sltrain, abs=0.01)
+    assert held(LinearSpec("loqt", rank=rank)) / full == pytest.approx(loqt, abs=0.01)
