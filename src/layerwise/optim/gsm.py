@@ -29,6 +29,9 @@ class GSM(torch.optim.Optimizer):
         scope: one threshold over all kernels, or (`layer`) one for each.
     """
 
+    together = True
+    """A step needs the gradients of all parameters at once."""
+
     def __init__(
         self,
         params: Any,

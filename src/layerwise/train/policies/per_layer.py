@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.optim import OPTIMIZERS
+from layerwise.table import lookup
 from layerwise.train.policies.alone import alone
 from layerwise.train.policies.policy import Policy
 from layerwise.train.spec import TrainSpec
@@ -34,6 +36,10 @@ class PerLayerUpdates(Policy):
         """Refuse what needs all gradients at once."""
         if spec.clip is not None:
             raise BadInput("per-layer-updates frees each gradient before the norm of all is known: set clip: null")
+        if getattr(lookup(OPTIMIZERS, spec.optimizer.name, "optimizer"), "together", False):
+            raise BadInput(
+                f"per-layer-updates steps each parameter alone, but {spec.optimizer.name} compares the gradients of all: use another optimizer"
+            )
         if spec.accumulate != 1:
             raise BadInput("per-layer-updates uses each gradient at once, so nothing can be accumulated: set accumulate: 1")
 
