@@ -5,7 +5,7 @@ import torch
 
 from layerwise.analyze.ledger import state_floats
 from layerwise.errors import BadInput
-from layerwise.optim.galore import GaLore
+from layerwise.optim.lowrank import GaLore
 
 
 def _steps(optimizer, weight, n=6):
@@ -45,7 +45,7 @@ def test_the_subspace_is_kept_for_gap_steps_and_state_is_what_the_paper_counts()
     for _ in range(6):
         _steps(optimizer, weight, 1)
         weight.grad = None
-        seen.append(optimizer.state[weight]["directions"].clone())
+        seen.append(optimizer.state[weight]["basis"].clone())
     assert all(torch.equal(seen[i], seen[i - 1]) for i in (1, 2, 4, 5))
     assert state_floats(optimizer) == 2 * 2 * 8 + 2 * 6
 

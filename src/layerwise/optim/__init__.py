@@ -12,6 +12,5 @@ OPTIMIZERS = {
     "gsm": "layerwise.optim.gsm:GSM",
     "layca": "layerwise.optim.layca:Layca",
     "scale": "layerwise.optim.scale:Scale",
-    "galore": "layerwise.optim.galore:GaLore",
     "muon": "layerwise.optim.muon:Muon",
 }
