@@ -142,3 +142,19 @@ def test_rest_is_trained_only_when_asked():
     _backward(net)
     Layca(net.parameters(), lr=0.1, train_rest=True, rest_lr=0.5).step()
     torch.testing.assert_close(net[0].bias.detach(), bias - 0.5 * net[0].bias.grad)
+
+
+def test_the_policy_sees_laycas_turn_of_each_step(digits):
+    """Step-wise rotation is the tangent of the angle of one step: rho itself under Layca."""
+    from layerwise.models.model import build
+    from layerwise.models.spec import model_spec
+    from layerwise.optim.spec import OptimizerSpec, ScheduleSpec
+    from layerwise.train.loop import train
+    from layerwise.train.spec import TrainSpec
+
+    spec = {"embedding": {"kind": "pixels", "channels": 1, "size": [8, 8], "flatten": True}, "head": {"kind": "classifier", "classes": 10}}
+    spec["stack"] = {"layers": [{"kind": "dense", "channels": 16, "norm": "batch", "affine": False}], "inputs": 64}
+    stage = TrainSpec("classification", steps=6, batch=16, clip=None, optimizer=OptimizerSpec("layca", 0.05),
+                      schedule=ScheduleSpec("constant", warmup=0), policies=({"name": "rotation", "every": 2},))  # fmt: skip
+    found = train(build(model_spec(spec), 0), digits, stage).findings.metrics
+    assert found["turn_mean"] == pytest.approx(0.05, rel=1e-3)
