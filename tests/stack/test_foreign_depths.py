@@ -5,7 +5,7 @@ import torch
 
 from layerwise.analyze.gradients import depth_gradient_norms
 from layerwise.analyze.rotation import kernels_by_depth, rotation
-from layerwise.optim.groups import make_optimizer, parameter_groups
+from layerwise.optim.groups import make_optimizer, parameter_groups, set_lr
 from layerwise.optim.spec import OptimizerSpec
 from layerwise.stack.depth import depth_of
 
@@ -35,6 +35,7 @@ def test_rotation_and_gradient_norms_by_layer(falcon):
     norms = depth_gradient_norms(falcon)
     by_hand = sum(p.grad.double().square().sum() for n, p in falcon.named_parameters() if depth_of(falcon)[n] == 1) ** 0.5
     assert norms[1] == pytest.approx(float(by_hand), rel=1e-5)
+    set_lr(optimizer, 1.0)
     optimizer.step()
     turned = rotation(start, kernels_by_depth(falcon))
     assert turned[0] < 1e-7 < turned[1], "a layer whose learning rate is next to nothing stays where it is"
