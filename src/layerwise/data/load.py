@@ -22,13 +22,13 @@ from layerwise.data.pack import packed, padded
 from layerwise.data.raw import Raw, Rows, positions
 from layerwise.data.sources import check_fit, check_source, read_source, source_identity, tokenizer_file
 from layerwise.data.spec import DataSpec
-from layerwise.data.tokenizer import encoded, make_tokenizer, read_tokenizer, special_ids
+from layerwise.data.tokenizer import encoded, for_texts, make_tokenizer, read_tokenizer, special_ids
 from layerwise.errors import BadInput
 from layerwise.files import check_folder, digest, whole_folder, write_file, write_json
 
 __all__ = ["Data", "Split", "check_source", "load_data"]
 
-LAYOUT = 2
+LAYOUT = 3
 """Raised when equal sources become other arrays, so that no older cache entry is taken for a new one."""
 SPLITS = ("train", "validation", "test")
 
@@ -279,7 +279,7 @@ def _chosen(rows: Rows, spec: DataSpec) -> Rows:
 
 
 def _assembled(spec: DataSpec, meta: dict[str, Any], arrays: dict[str, dict[str, np.ndarray]], data_dir: Path | None) -> Data:
-    tokenizer = None if meta["tokenizer"] is None else Tokenizer.from_str(meta["tokenizer"])
+    tokenizer = None if meta["tokenizer"] is None else for_texts(Tokenizer.from_str(meta["tokenizer"]))
     special: dict[str, Any] = special_ids(tokenizer) if tokenizer is not None else {}
     boundaries = special.get("eos") if spec.boundaries else None
     splits = {name: Split(named, boundaries, _reader(spec, name, meta, data_dir)) for name, named in arrays.items()}

@@ -30,9 +30,23 @@ def make_tokenizer(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
     tokens and back without loss.
     """
     if spec.kind == "bytes":
-        return _bytes()
-    if spec.kind == "wordpiece":
-        return _wordpiece(spec, documents)
+        return for_texts(_bytes())
+    return for_texts(_wordpiece(spec, documents) if spec.kind == "wordpiece" else _bpe(spec, documents))
+
+
+def for_texts(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer itself, set to turn a whole text into tokens, and nothing but the text.
+
+    Text that spells out `<eos>` means these characters, not the end of a document. What a file says about cutting and padding
+    (that of a sentence encoder cuts at 128 tokens) is for its own use and is switched off.
+    """
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _bpe(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -72,9 +86,13 @@ def _wordpiece(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
 
 
 def read_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer in a tokenizer.json."""
+    """The tokenizer in a tokenizer.json, set as `for_texts` does.
+
+    Raises:
+        BadInput: the file is none.
+    """
     try:
-        return Tokenizer.from_file(path)
+        return for_texts(Tokenizer.from_file(path))
     except BaseException as error:  # the library raises bare Exception, and what its Rust panics become
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
@@ -96,14 +114,9 @@ def encoded(tokenizer: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
         for document in documents:
             yield np.frombuffer(document.encode("utf-8"), dtype=np.uint8).astype(np.uint32) + len(SPECIALS)
         return
-    # A document that spells out `<eos>` means these characters, not the end of itself.
-    tokenizer.encode_special_tokens = True
-    try:
-        for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
-            for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
-                yield np.array(encoding.ids, dtype=np.uint32)
-    finally:
-        tokenizer.encode_special_tokens = False
+    for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
+        for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
+            yield np.array(encoding.ids, dtype=np.uint32)
 
 
 def _alphabet() -> list[str]:

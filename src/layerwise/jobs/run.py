@@ -351,8 +351,8 @@ class _Runner:
         self.progression.say(f"  {message}")
 
     def _replay(self, curve: list[dict[str, Any]], variant: str, seed: int, stage: str) -> None:
-        """The training values of a reused stage, to the journal and the trackers, as if it had run."""
-        if curve:
+        """The training values of a reused stage, to the journal and the trackers, as if it had run; nothing if they are there from before."""
+        if curve and self.journal.curve(variant, seed, stage) != curve:
             listener = _Listener(self, variant, seed, stage)
             for line in curve:
                 listener.metrics(line)
@@ -362,6 +362,7 @@ class _Runner:
         if not self.here.leads and stage.kind != "train":
             return Result.of(self.here.share())  # what is done once, the leader does
         place = f"{plan.variant}/seed-{seed}"
+        alone = sum(s.kind == "export" for s in plan.stages) < 2
         # A checkpoint serves only the very stage that wrote it: same settings, data, code and input model.
         checkpoints = self.out / "checkpoints" / place / f"{stage.name}-{key[:12]}"
         if not checkpoints.is_dir() and any(checkpoints.parent.glob(f"{stage.name}-*")):
@@ -372,7 +373,7 @@ class _Runner:
             with metered(torch.device(self.device)) as meter:
                 model, result = run_stage(
                     resolved(stage, arm.models), arm.make(), data, seed, self.device,
-                    checkpoints=checkpoints, exports=self.out / "exports" / place, listener=listener,
+                    checkpoints=checkpoints, exports=self.out / "exports" / place / ("" if alone else stage.name), listener=listener,
                 )  # fmt: skip
         finally:
             listener.close()

@@ -18,6 +18,7 @@ from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
 from layerwise.jobs.complaint import parsed
 from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.jobs.metrics import is_among, measurable
 from layerwise.jobs.reach import Reach
 from layerwise.jobs.yamlfile import read_yaml
 from layerwise.models.presets import preset
@@ -203,7 +204,7 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
             name = getattr(job.claim, role)
             if name not in plans:
                 raise BadInput(f"claim.{role}: there is no variant '{name}'.{nearest(name, plans)} Variants: {', '.join(plans)}.")
-            _check_metric(job.claim.metric, plans[name])
+            _check_metric("claim.metric", job.claim.metric, plans[name], job.reach)
         if job.claim.method == job.claim.baseline:
             raise BadInput(f"claim: method and baseline are both '{job.claim.method}'; a claim compares two variants")
     return job
@@ -253,15 +254,26 @@ def _check_reach(where: str, reach: Reach, plans: dict[str, Plan]) -> None:
         )
 
 
-def _check_metric(metric: str, plan: Plan) -> None:
-    """Refuse a claim's metric that no stage of a plan can measure."""
+def _check_metric(where: str, metric: str, plan: Plan, reach: dict[str, Reach]) -> None:
+    """Refuse a metric that no stage of a plan can measure."""
     measuring = [s.name for s in plan.stages if s.kind in ("train", "analyze", "evaluate")]
     if not measuring:
-        raise BadInput(f"claim.metric: no stage of '{plan.variant}' measures anything: add one that evaluates or analyzes")
+        raise BadInput(f"{where}: no stage of '{plan.variant}' measures anything: add one that evaluates or analyzes")
     names = [s.name for s in plan.stages]
-    stage = metric.rpartition(".")[0]
+    stage, _, plain = metric.rpartition(".")
     if stage and stage not in names:
-        raise BadInput(f"claim.metric: there is no stage '{stage}' in '{plan.variant}'.{nearest(stage, names)} Stages: {', '.join(names)}.")
+        raise BadInput(f"{where}: there is no stage '{stage}' in '{plan.variant}'.{nearest(stage, names)} Stages: {', '.join(names)}.")
+    known = [f"{wanted.stage}.{name}" for name, wanted in reach.items()]
+    for s in plan.stages:
+        policies = [str(policy.get("name")) for policy in s.spec.policies] if isinstance(s.spec, TrainSpec) else []
+        found = measurable(s.kind, s.what, policies)
+        if found is None and stage in ("", s.name):
+            return
+        known += [f"{s.name}.{name}" for name in found or ()]
+    if not is_among(metric, known if stage else [name.rpartition(".")[2] for name in known]):
+        raise BadInput(
+            f"{where}: no stage of '{plan.variant}' measures '{metric}'.{nearest(metric, known)} They measure {', '.join(known) or 'nothing'}."
+        )
 
 
 def _varied(variant: str, base: dict[str, Any], change: dict[str, Any]) -> Plan:

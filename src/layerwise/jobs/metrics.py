@@ -1,0 +1,77 @@
+"""Which numbers a stage can leave, known before it runs, so that a claim on another one is refused in time.
+
+A row says everything its function or class may measure; some of it depends on options and data. What has no row can be
+anything, and a claim on it is looked at when the run has ended. `tests/jobs/test_jobs_metrics.py` compares the rows with what
+is measured.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable
+
+TRAINING = ("train_loss",)
+EXPORT = ("export_bytes",)
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "causal-lm": (),
+    "classification": (),
+    "deep-supervision": (),
+    "distilled-masked-lm": (),
+    "forward-forward": ("goodness_choice_accuracy",),
+    "hidden-distillation": (),
+    "logit-distillation": (),
+    "masked-lm": (),
+    "mono-forward": ("goodness_sum_accuracy", "last_readout_accuracy"),
+}
+POLICIES: dict[str, tuple[str, ...]] = {
+    "clip-parameters": (),
+    "freeze": (),
+    "gradient-norms": ("grad_norm_variation", "fc2_grad_ratio"),
+    "growth": (),
+    "keep-zeros": ("nonzero", "density"),
+    "layer-cost": ("layer_tokens", "layer_cost"),
+    "layer-dropout": (),
+    "ledger": ("param_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes", "state_bytes", "train_flops"),
+    "loqt": ("update_bytes",),
+    "per-layer-updates": (),
+    "random-ltd": ("layer_tokens", "layer_token_share"),
+    "restart-adapters": (),
+    "rotation": ("rotation_mean", "rotation_min"),
+}
+ANALYSES: dict[str, tuple[str, ...]] = {
+    "angular-distance": ("angular_distance_mean", "angular_distance_deep"),
+    "attention-entropy": ("attention_entropy",),
+    "block-drop": ("block_loss", "block_loss_added"),
+    "block-sweep": ("whole_loss", "angular_regret_mean"),
+    "gradient-norms": ("grad_norm_variation",),
+    "gradient-variance": ("head_variance_share",),
+    "inspect": ("angular_distance_mean", "angular_distance_deep", "grad_norm_variation", "params", "flops_per_*"),
+    "layer-drop": ("whole_loss", "layer_drop_mean"),
+    "stream-variance": ("stream_variance_last", "stream_growth", "gate_mean", "gates_closing"),
+    "weight-sizes": ("cut_mass", "size_gap"),
+}
+EVALUATIONS: dict[str, tuple[str, ...]] = {
+    "classification": ("accuracy", "error_rate", "loss", "*_accuracy"),
+    "composition": ("mixed_val_loss", "this_val_loss", "other_val_loss"),
+    "embedding-agreement": ("cosine", "rank_agreement"),
+    "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
+    "masked-lm": ("val_loss", "perplexity"),
+    "multiple-choice": ("accuracy", "accuracy_normalized", "gold_log_likelihood"),
+}
+
+
+def measurable(kind: str, what: str, policies: Iterable[str] = ()) -> tuple[str, ...] | None:
+    """The names (or patterns like `*_accuracy`) of what a stage can measure; None where that is not known beforehand.
+
+    Args:
+        kind, what: of the stage. policies: names of a training stage's policies.
+    """
+    if kind == "train":
+        rows = [OBJECTIVES.get(what), *(POLICIES.get(name) for name in policies)]
+        return None if None in rows else TRAINING + tuple(name for row in rows for name in row or ())
+    return {"analyze": ANALYSES.get(what), "evaluate": EVALUATIONS.get(what), "export": EXPORT}.get(kind, ())
+
+
+def is_among(metric: str, names: Iterable[str]) -> bool:
+    """Whether a metric is one of those names or fits one of those patterns."""
+    return any(fnmatch.fnmatchcase(metric, name) for name in names)
