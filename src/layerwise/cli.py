@@ -5,8 +5,10 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,9 +34,11 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Errors as one message and an exit code: 2 for bad input, 1 for a failure while running, 130 for Ctrl-C."""
+    """Errors as one message and an exit code: 2 for bad input, 1 for a failure while running, 130 for Ctrl-C. Our warnings are notes."""
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_noted, warnings.showwarning)
+            yield
     except BadInput as error:
         _tell(f"error: {error}")
         raise typer.Exit(2) from None
@@ -55,6 +59,15 @@ def _told() -> Iterator[None]:
         # A fault of ours; the last event of a run has where it happened.
         typer.echo(f"failed: {type(error).__name__}: {error}\nThis should have been told better: LAYERWISE_DEBUG=1 shows where.", err=True)
         raise typer.Exit(1) from None
+
+
+def _noted(others: Callable[..., None], message: Any, category: Any, filename: str, *where: Any) -> None:
+    """A warning as a person reads it, if it is ours; those of libraries as they are."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        if _leads():
+            typer.echo(f"note: {message}", err=True)
+    else:
+        others(message, category, filename, *where)
 
 
 def _tell(message: str) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 from layerwise.errors import BadInput
 
 CHECKSUMS = "checksums.json"
+JSON_AT_MOST = 32_000_000
+"""Bytes of a JSON file; as Python's lists they can take twenty times as much. The largest honest ones are indices of shards."""
 
 
 def write_file(path: Path, content: bytes | str) -> Path:
@@ -42,6 +44,17 @@ def write_file(path: Path, content: bytes | str) -> Path:
 def write_json(path: Path, value: Any) -> Path:
     """`write_file` for plain data. NaN and infinity are refused: they are not JSON."""
     return write_file(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The plain data in a JSON file.
+
+    Raises:
+        BadInput: it is larger than any honest one. OSError, ValueError, RecursionError: it cannot be read, or is not JSON.
+    """
+    if (size := path.stat().st_size) > JSON_AT_MOST:
+        raise BadInput(f"{path} is too large: it has {size:,} bytes, at most {JSON_AT_MOST:,} are read")
+    return json.loads(path.read_text())
 
 
 @contextlib.contextmanager
@@ -132,7 +145,7 @@ def check_folder(folder: Path) -> None:
     """
     listing = folder / CHECKSUMS
     try:
-        expected = json.loads(listing.read_text())
+        expected = read_json(listing)
         if not isinstance(expected, dict) or not expected:
             raise ValueError("it names no file")
     except (OSError, ValueError, RecursionError) as error:

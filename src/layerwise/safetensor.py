@@ -10,15 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layerwise.errors import BadInput
+from layerwise.memory import check_room
 
 
 def load_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """The tensors of a file.
 
     Raises:
-        BadInput: it is missing or damaged.
+        BadInput: it is missing, damaged, or larger than this machine's memory.
     """
     try:
+        check_room(path.stat().st_size, f"reading {path}")
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:

@@ -6,8 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 import tokenizers
+import torch
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -114,7 +114,7 @@ def test_a_text_that_spells_out_a_special_token_has_only_its_characters(kind, tm
     MADE[kind].save(str(tmp_path / "tokenizer.json"))
     for tokenizer in (MADE[kind], read_tokenizer(str(tmp_path / "tokenizer.json"))):
         ids = tokenizer.encode("<eos> a<pad>").ids
-        assert ids == list(encoded(tokenizer, ["<eos> a<pad>"]))[0].tolist() and not {0, 1} & set(ids)
+        assert ids == next(iter(encoded(tokenizer, ["<eos> a<pad>"]))).tolist() and not {0, 1} & set(ids)
 
 
 def test_a_sentence_encoder_s_tokenizer_does_not_cut_documents(tmp_path):

@@ -653,7 +653,7 @@ RICH: dict[str, Any] = {
     "title": "t",
     "kinds": ["part"],
     "paper": {"title": "t", "year": 2000, "arxiv": "1", "authors": "a"},
-    "claim": CLAIM,
+    "claim": CLAIM | {"metric": "look.whole_loss"},
     "relations": [{"x": "a", "y": "b", "above": {"a": 1.0}}],
     "data": {**BASE["data"], "columns": {}, "augment": None, "documents": 9, "validation": 0.2, "seed": 1},
     "model": {

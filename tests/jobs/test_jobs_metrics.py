@@ -94,7 +94,9 @@ def test_a_claim_on_what_is_measured_passes(metric: str) -> None:
     _claiming(metric, reach={"cost_to_it": {"stage": "fit", "target": "b"}})
 
 
-@pytest.mark.parametrize("metric", ["language-modeling.accuracy", "fit.val_loss", "accuracy", "out.val_loss", "language-modeling.vall_loss"])
+@pytest.mark.parametrize(
+    "metric", ["language-modeling.accuracy", "fit.val_loss", "accuracy", "out.val_loss", "language-modeling.vall_loss"]
+)
 def test_a_claim_on_what_is_not_measured_is_refused_before_the_run(metric: str) -> None:
     with pytest.raises(BadInput, match=rf"claim.metric: no stage of 'a' measures '{metric}'.*language-modeling\.val_loss"):
         _claiming(metric)

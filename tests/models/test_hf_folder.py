@@ -114,16 +114,17 @@ def test_pickles_are_refused_in_every_spelling(tmp_path):
         (folder / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
         (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
         for read in (import_hf, load):
-            with pytest.raises(BadInput, match=r"pickle.*save_pretrained"):
-                read(folder)
-            with pytest.raises(BadInput, match=r"pickle.*save_pretrained"):
-                read(folder / name)
+            for source in (folder, folder / name):
+                with pytest.raises(BadInput, match=r"(?s)holds only pickle files.*python -c .*safetensors"):
+                    read(source)
 
 
 def test_remote_code_is_not_taken_over(tmp_path):
     _llama(tmp_path / "theirs")
     change_config(tmp_path / "theirs", auto_map={"AutoModelForCausalLM": "evil.Model"}, our_own_note="kept")
-    back = export_hf(load(save(import_hf(tmp_path / "theirs"), tmp_path / "ours")), tmp_path / "back")
+    with pytest.warns(UserWarning, match=r"names code of its own \(auto_map\); it is not run"):
+        model = import_hf(tmp_path / "theirs")
+    back = export_hf(load(save(model, tmp_path / "ours")), tmp_path / "back")
     config = json.loads((back / "config.json").read_text())
     assert "auto_map" not in config and config["our_own_note"] == "kept"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from layerwise.errors import BadInput
+from layerwise.memory import check_room
 
 
 def decoded(values: Iterable[Any], name: str) -> np.ndarray:
@@ -19,16 +21,24 @@ def decoded(values: Iterable[Any], name: str) -> np.ndarray:
         name: of the source, for messages.
 
     Raises:
-        BadInput: a picture cannot be decoded, or they are of different sizes.
+        BadInput: a picture cannot be decoded, they are of different sizes, or would not fit this machine.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     arrays: list[np.ndarray] = []
+    pixels = 0
     for value in values:
         try:
-            with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) as image:
-                arrays.append(_bytes(image))
-        except (OSError, UnidentifiedImageError, KeyError, TypeError, AttributeError) as error:
+            with warnings.catch_warnings():
+                # What PIL only warns of is a small file that would become a very large picture.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(value["bytes"]) if value.get("bytes") else value["path"]) as image:
+                    pixels += image.width * image.height
+                    check_room(6 * pixels, f"{name}: decoding its first {len(arrays) + 1} images")  # three channels, stacked once
+                    arrays.append(_bytes(image))
+        except BadInput:
+            raise
+        except Exception as error:  # PIL's decoders raise whatever their formats do
             raise BadInput(f"{name}: image {len(arrays)} cannot be decoded: {error}") from error
     if not arrays:
         raise BadInput(f"{name} has a split without any image")

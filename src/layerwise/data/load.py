@@ -25,6 +25,7 @@ from layerwise.data.spec import DataSpec
 from layerwise.data.tokenizer import encoded, for_texts, make_tokenizer, read_tokenizer, special_ids
 from layerwise.errors import BadInput
 from layerwise.files import check_folder, digest, whole_folder, write_file, write_json
+from layerwise.memory import check_room
 
 __all__ = ["Data", "Split", "check_source", "load_data"]
 
@@ -211,6 +212,7 @@ def _images(rows: Rows, name: str) -> dict[str, np.ndarray]:
 def _tokens(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, split: str, source: str) -> dict[str, np.ndarray]:
     ids, special, vocab = encoded(tokenizer, rows.texts or []), special_ids(tokenizer), tokenizer.get_vocab_size()
     if rows.labels is not None:
+        check_room(4 * len(rows) * spec.length, f"data.length: {len(rows):,} rows of {spec.length:,} tokens")
         made, lengths = padded(ids, spec.length, special["pad"] or 0, special["cls"], special["sep"], vocab)
         # A text of no tokens at all would be a row that attends to nothing, and attention over nothing is not a number.
         return {"rows": made, "lengths": np.maximum(lengths, 1), "labels": rows.labels}

@@ -9,6 +9,19 @@ from layerwise.errors import BadInput
 
 SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+_ARCHIVES = {
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+}
+"""First bytes of what `datasets` would unpack."""
+_TAR_AT = 257
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -45,6 +58,26 @@ def data_files(path: Path) -> list[Path]:
     if all(p.stat().st_size == 0 for p in found):
         raise BadInput(f"data.source: {path} is empty")
     return found
+
+
+def refuse_archives(path: Path, files: list[Path]) -> None:
+    """Refuse compressed files and archives, whatever they are called: the library that reads tables would unpack them.
+
+    Args:
+        path: of the source. files: its data files. A folder of pictures is handed over whole, so what is beside them is looked at.
+
+    Raises:
+        BadInput: one is an archive; the message says of which kind.
+    """
+    if kind_of(files[0]) == "image":
+        files = [p for p in sorted(path.rglob("*")) if p.suffix.lower() not in IMAGES and p.is_file()]
+    for file in files:
+        with file.open("rb") as opened:
+            start = opened.read(_TAR_AT + 5)
+        found = next((kind for magic, kind in _ARCHIVES.items() if start.startswith(magic)), None)
+        found = "tar" if start[_TAR_AT:] == b"ustar" else found
+        if found is not None:
+            raise BadInput(f"data.source: {file} is an archive or a compressed file ({found}); unpack it first, where you trust it")
 
 
 def _in_folder(folder: Path) -> list[Path]:

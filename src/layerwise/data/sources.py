@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, identity
-from layerwise.data.paths import data_files, descriptions, kind_of, splits_of
+from layerwise.data.paths import data_files, descriptions, kind_of, refuse_archives, splits_of
 from layerwise.data.raw import Raw, Rows
 from layerwise.data.spec import DataSpec
 from layerwise.data.tables import from_tables, read_tables, reason
@@ -23,7 +23,7 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
 
     Raises:
         BadInput: an unknown built-in corpus or named set, a file or folder that is missing, empty or of an unknown kind, a
-            tokenizer file that is missing, an option that means nothing for this source.
+            tokenizer file that is missing, an archive, an option that means nothing for this source.
     """
     kind, name = _kind(spec.source)
     if kind == "builtin":
@@ -33,6 +33,7 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
     elif kind != "hub":
         folder = _folder(kind, name, data_dir)
         files = data_files(folder)
+        refuse_archives(folder, files)
         if kind_of(files[0]) == "text":
             _splits(folder, files)
             _refuse_columns(spec)
@@ -105,6 +106,7 @@ def read_source(spec: DataSpec, data_dir: Path | None = None) -> Raw:
         return from_tables(spec.source, _hub(name), spec)
     folder = _folder(kind, name, data_dir)
     files = data_files(folder)
+    refuse_archives(folder, files)
     if kind_of(files[0]) == "text":
         return _texts(spec.source, _splits(folder, files))
     if kind_of(files[0]) == "image":

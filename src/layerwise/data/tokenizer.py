@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -21,6 +22,8 @@ NAMES = {
     "sep": ("<sep>", "[SEP]", "</s>"),
 }
 DOCUMENTS_AT_ONCE = 512
+FILE_AT_MOST = 100_000_000
+"""Bytes of a tokenizer.json; those of a quarter of a million tokens have about a third of it."""
 
 
 def make_tokenizer(spec: TokenizerSpec, documents: Iterable[str]) -> Tokenizer:
@@ -92,9 +95,11 @@ def read_tokenizer(path: str) -> Tokenizer:
         BadInput: the file is none.
     """
     try:
+        if (size := Path(path).stat().st_size) > FILE_AT_MOST:
+            raise BadInput(f"{path} is too large for a tokenizer: it has {size:,} bytes, at most {FILE_AT_MOST:,} are read")
         return for_texts(Tokenizer.from_file(path))
     except BaseException as error:  # the library raises bare Exception, and what its Rust panics become
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt | SystemExit | BadInput):
             raise
         raise BadInput(f"{path} is not a tokenizer: {error}") from error
 

@@ -20,10 +20,12 @@ from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
 from layerwise.jobs.references import check_references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
+from layerwise.memory import check_room
 from layerwise.models.hf import family_for
 from layerwise.models.hf.adapters import adapter_family
 from layerwise.models.load import described
 from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.models.room import check_model
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LINEARS
 from layerwise.objectives import OBJECTIVES
@@ -69,6 +71,28 @@ def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") ->
                         check_source(stage.source, data_dir)
             plans[name] = dataclasses.replace(plan, stages=tuple(rehearsed(plan)))
     return plans
+
+
+def check_fits(plans: dict[str, Plan]) -> None:
+    """Whether this machine could hold the models of a checked job, as it starts with them and as edits leave them, and its batches.
+
+    Raises:
+        BadInput: something alone takes more than all its memory.
+    """
+    for name, plan in plans.items():
+        with _prefixed(f"variants.{name}: " if len(plans) > 1 else ""):
+            spec, loaded = _starting_spec(plan), isinstance(plan.model, Path)
+            if not loaded:  # what is loaded cannot be larger than its files
+                with _prefixed("model: "):
+                    check_model(spec)
+            for stage in plan.stages:
+                with _prefixed(f"stages.{stage.name}: "):
+                    if stage.kind == "edit":
+                        spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options)
+                        check_model(spec, 2 if loaded else 4)
+                    elif isinstance(stage.spec, TrainSpec) and isinstance(spec.embedding, TokenSpec):
+                        rows, length = stage.spec.batch // stage.spec.accumulate, (stage.source or plan.data).length
+                        check_room(8 * rows * length, f"a batch of {rows:,} rows of {length:,} tokens")
 
 
 def check_device(device: str) -> torch.device:

@@ -24,7 +24,7 @@ from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput, Diverged, LayerwiseError
 from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
-from layerwise.jobs.check import check_job
+from layerwise.jobs.check import check_fits, check_job
 from layerwise.jobs.console import Progression
 from layerwise.jobs.journal import LOCK, Journal, Silent, claimed, read_lines
 from layerwise.jobs.meter import metered
@@ -64,6 +64,7 @@ def run_job(
     settings = {"device": device, "data_dir": str(data_dir.resolve()) if data_dir else None}
     here, device = join(device)
     plans = check_job(job, data_dir=data_dir, device=device)
+    check_fits(plans)
     if not here.leads:
         return _follow(job, plans, data_dir, device, here)
     _check_new(out)
@@ -108,6 +109,7 @@ def resume_run(run: Path, *, progression: Progression | None = None) -> Receipt:
     data_dir = Path(str(settings["data_dir"])) if settings.get("data_dir") else None
     here, device = join(str(settings.get("device", "cpu")))
     plans = check_job(job, data_dir=data_dir, device=device)
+    check_fits(plans)
     if not here.leads:
         return _follow(job, plans, data_dir, device, here)
     with claimed(run):

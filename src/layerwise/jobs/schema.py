@@ -260,7 +260,7 @@ def _check_metric(where: str, metric: str, plan: Plan, reach: dict[str, Reach]) 
     if not measuring:
         raise BadInput(f"{where}: no stage of '{plan.variant}' measures anything: add one that evaluates or analyzes")
     names = [s.name for s in plan.stages]
-    stage, _, plain = metric.rpartition(".")
+    stage = metric.rpartition(".")[0]
     if stage and stage not in names:
         raise BadInput(f"{where}: there is no stage '{stage}' in '{plan.variant}'.{nearest(stage, names)} Stages: {', '.join(names)}.")
     known = [f"{wanted.stage}.{name}" for name, wanted in reach.items()]

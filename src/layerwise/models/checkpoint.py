@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import re
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.files import check_folder, whole_folder, write_file, write_json
+from layerwise.files import check_folder, read_json, whole_folder, write_file, write_json
 from layerwise.models.model import Model, make_model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
 from layerwise.safetensor import load_tensors, save_tensors
@@ -95,7 +96,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     check_folder(folder)
     spec, shared = description(folder / DESCRIPTION)
     model = assemble(spec, load_tensors(folder / TENSORS, str(device)), shared, dtype, folder)
-    kept = json.loads((folder / DESCRIPTION).read_text()).get("origin")
+    kept = read_json(folder / DESCRIPTION).get("origin")
     if kept is None:
         return model
     carried = load_tensors(folder / CARRIED) if (folder / CARRIED).is_file() else {}
@@ -150,7 +151,7 @@ def description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
         BadInput: it is not one, or of a format this version does not read.
     """
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
         if data["format"] != FORMAT:
             raise BadInput(f"{path} has format {data['format']}; this version of layerwise reads format {FORMAT}")
         return model_spec(data["spec"]), dict(data.get("shared", {}))
@@ -168,11 +169,36 @@ def refuse_pickle(folder: Path) -> None:
     pickles = [p.name for p in (folder.iterdir() if folder.is_dir() else [folder]) if p.suffix in PICKLES]
     if pickles and not any(folder.glob("*.safetensors")):
         raise BadInput(
-            f"{folder} holds only pickle files ({pickles[0]}), which can run code when they are read. Convert them once where you trust them: "
-            "transformers' AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            f"{folder} holds only pickle files ({pickles[0]}), which can run code when they are read. "
+            f"Convert them once, where you trust them:\n  {conversion(folder)}"
         )
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
+
+
+def conversion(source: Path) -> str:
+    """The shell command that turns a pickle checkpoint into safetensors: transformers' where the folder is one of its, else PyTorch's.
+
+    Both read the pickle as weights only.
+    """
+    folder = source if source.is_dir() else source.parent
+    if (folder / "config.json").is_file() and any(folder.glob("pytorch_model*.bin")):
+        try:
+            named = read_json(folder / "config.json")["architectures"][0]
+        except (BadInput, OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+            named = None
+        kind = named if isinstance(named, str) and re.fullmatch(r"[A-Z][A-Za-z0-9]{0,80}", named) else "AutoModel"
+        code = f"import sys, transformers as t; t.{kind}.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])"
+        files = [folder, folder.with_name(f"{folder.absolute().name}-safetensors")]
+    else:
+        first = min(p for p in folder.iterdir() if p.suffix in PICKLES) if source.is_dir() else source
+        code = (
+            "import sys, torch; from safetensors.torch import save_file; "
+            "found = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
+            "save_file({n: t.clone() for n, t in found.items() if isinstance(t, torch.Tensor)}, sys.argv[2])"
+        )
+        files = [first, first.with_suffix(".safetensors")]
+    return shlex.join(["python", "-c", code, *map(str, files)])
 
 
 def some(names: list[str]) -> str:

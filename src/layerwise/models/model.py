@@ -20,6 +20,7 @@ from layerwise.embed.stem import StemEmbedding
 from layerwise.embed.tokens import TokenEmbedding
 from layerwise.embed.wave import WaveEmbedding
 from layerwise.errors import BadInput
+from layerwise.memory import check_room
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
@@ -230,9 +231,15 @@ def make_model(spec: Any) -> Any:
 
 
 def build(spec: Any, seed: int = 0, device: str | torch.device = "cpu") -> Any:
-    """A new model with weights drawn from `seed`: laid out without memory first, filled once."""
+    """A new model with weights drawn from `seed`: laid out without memory first, filled once.
+
+    Raises:
+        BadInput: it would not fit this machine.
+    """
     with torch.device("meta"):
         model = make_model(spec)
+    count = sum(p.numel() for p in model.parameters())
+    check_room(4 * count, f"a model of {count:,} parameters")
     model.to_empty(device=device)
     return model.initialize(torch.Generator(device=device).manual_seed(seed))
 

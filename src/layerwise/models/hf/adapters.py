@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.files import whole_folder, write_json
+from layerwise.files import read_json, whole_folder, write_json
 from layerwise.models.checkpoint import origin_of, refuse_pickle, some
 from layerwise.models.hf.family import Family, stack_of
 from layerwise.models.hf.layouts import TURNED
@@ -95,7 +94,7 @@ def read_adapter(model: Model, folder: str | Path) -> dict[str, tuple[LinearSpec
     folder = Path(folder)
     refuse_pickle(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         kind, rank, alpha, dropout = (
             config["peft_type"],
             int(config["r"]),

@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from layerwise.embed.spec import PatchSpec, StemSpec
 from layerwise.errors import BadInput
 from layerwise.models.hf.family import Family, parts_of
 from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
+from layerwise.models.room import closed
 from layerwise.models.spec import HeadSpec, ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
@@ -49,7 +49,7 @@ def differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
         return _tower_differences(family, spec)
     if not isinstance(spec.embedding, family.reads) or not isinstance(spec.stack, family.stack):
         return [f"its embedding is of kind {spec.embedding.kind}; {family.name} has {family.reads.kind}"] * (2 * FAR)  # type: ignore[attr-defined]
-    spec = _closed(spec)
+    spec = closed(spec)
     if (spec.decoder is not None) != family.seq2seq:
         return [f"{family.name} has {_shape(family.seq2seq)}; this model has {_shape(not family.seq2seq)}"] * FAR
     head = spec.head is not None
@@ -58,20 +58,6 @@ def differences(family: Family, spec: ModelSpec | TwoTowersSpec) -> list[str]:
     except BadInput as error:
         return [f"{family.name} cannot have this: {error}"] * FAR
     return _model_differences(family.name, spec, back) or _nameless(family, spec)
-
-
-def _closed(spec: ModelSpec) -> ModelSpec:
-    """The description with some number for what the data is yet to decide about images and classes: any could be held."""
-    embedding, stack, head = spec.embedding, spec.stack, spec.head
-    if isinstance(embedding, PatchSpec):
-        size = embedding.size or (14 * embedding.patch[0], 14 * embedding.patch[1])
-        embedding = dataclasses.replace(embedding, channels=embedding.channels or 3, size=size)
-    if isinstance(embedding, StemSpec) and isinstance(stack, PlainStackSpec):
-        embedding = dataclasses.replace(embedding, channels=embedding.channels or 3, size=None)  # convolutions read any size
-        stack = dataclasses.replace(stack, inputs=embedding.width)
-    if head is not None and head.kind == "classifier" and head.classes is None:
-        head = dataclasses.replace(head, classes=2)
-    return dataclasses.replace(spec, embedding=embedding, stack=stack, head=head)
 
 
 def _tower_differences(family: Family, spec: Any) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
-from layerwise.files import CHECKSUMS, check_folder, whole_folder, write_json
+from layerwise.files import CHECKSUMS, check_folder, read_json, whole_folder, write_json
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import Family, Pair, is_tied, layer_ties, parts_of, shapes_of
@@ -126,7 +126,7 @@ def _config(folder: Path) -> dict[str, Any]:
     refuse_pickle(folder)
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not a model's config: {error}") from error
@@ -136,6 +136,8 @@ def _config(folder: Path) -> dict[str, Any]:
         deep = [key for key, value in part.items() if "layer" in str(key) and isinstance(value, int) and value > MOST_LAYERS]
         if deep:
             raise BadInput(f"{path}: {deep[0]} is {part[deep[0]]}; at most {MOST_LAYERS} layers are read")
+    if config.get("auto_map"):
+        warnings.warn(f"{path} names code of its own (auto_map); it is not run", stacklevel=2)
     if config.get("quantization_config"):
         raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
     return config
@@ -278,7 +280,7 @@ def _same_width(family: Family, spec: ModelSpec, origin: Origin) -> bool:
 def _generation(folder: Path) -> dict[str, Any]:
     """The folder's generation settings; none if there are none or they cannot be read."""
     try:
-        found = json.loads((folder / "generation_config.json").read_text())
+        found = read_json(folder / "generation_config.json")
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import Tensor
 
 from layerwise.errors import BadInput
-from layerwise.files import write_json
+from layerwise.files import read_json, write_json
 from layerwise.safetensor import load_tensors, save_tensors, tensor_names
 
 WHOLE = "model.safetensors"
@@ -71,7 +70,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        found = json.loads(index.read_text())["weight_map"]
+        found = read_json(index)["weight_map"]
         return {str(name): str(file) for name, file in found.items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise BadInput(f"{index} is not an index of shards: {error}") from error
