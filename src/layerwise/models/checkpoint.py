@@ -107,11 +107,14 @@ def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str]
     """A model of that description with those tensors; `shared` says which names are another tensor's second name.
 
     Raises:
-        BadInput: a tensor is missing, is not expected, or has another shape.
+        BadInput: a tensor is missing, is not expected, or has another shape; or the description lacks something.
     """
     tensors = tensors | {name: tensors[first] for name, first in shared.items() if first in tensors}
-    with torch.device("meta"):
-        model = make_model(spec)
+    try:
+        with torch.device("meta"):
+            model = make_model(spec)
+    except (AssertionError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise BadInput(f"{source}: no model of this description can be built: {str(error).splitlines()[0]}") from error
     expected = model.state_dict()
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
@@ -154,7 +157,10 @@ def description(path: Path) -> tuple[ModelSpec, dict[str, str]]:
         data = read_json(path)
         if data["format"] != FORMAT:
             raise BadInput(f"{path} has format {data['format']}; this version of layerwise reads format {FORMAT}")
-        return model_spec(data["spec"]), dict(data.get("shared", {}))
+        shared = dict(data.get("shared", {}))
+        if not all(isinstance(first, str) for first in shared.values()):
+            raise ValueError("shared: names of tensors are expected")
+        return model_spec(data["spec"]), shared
     except (ValidationError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, BadInput):
             raise

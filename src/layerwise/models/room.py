@@ -54,16 +54,17 @@ def parameters_of(spec: ModelSpec | TwoTowersSpec) -> int:
         stack = getattr(spec, part)
         if not isinstance(stack, StackSpec) or stack.depth < 2:
             continue
-        own = range(1, stack.depth) if not stack.shared else (i for i, first in enumerate(stack.shared) if i == first and i)
-        for i in own:
-            kinds[repr(stack.layers[i])] = stack.layers[i]
-            further[repr(stack.layers[i])] += 1
-        shallow[part] = stack.with_layers(stack.layers[:1])
+        first, *others = stack.layers
+        own = {i for i, shared in enumerate(stack.shared) if i == shared} or range(stack.depth)
+        for layer in (layer for i, layer in enumerate(others, 1) if i in own):
+            kinds[repr(layer)] = layer
+            further[repr(layer)] += 1
+        shallow[part] = stack.with_layers([first])
     try:
         with torch.device("meta"):
             count = _size(make_model(dataclasses.replace(spec, **shallow)))
             return count + sum(times * _size(Layer(kinds[kind])) for kind, times in further.items())
-    except (TypeError, RuntimeError, OverflowError) as error:
+    except (AssertionError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadInput(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from error
 
 
