@@ -36,7 +36,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "per-layer-updates": (),
     "random-ltd": ("layer_tokens", "layer_token_share"),
     "restart-adapters": (),
-    "rotation": ("rotation_mean", "rotation_min"),
+    "rotation": ("rotation_mean", "rotation_min", "turn_mean"),
 }
 ANALYSES: dict[str, tuple[str, ...]] = {
     "angular-distance": ("angular_distance_mean", "angular_distance_deep"),
