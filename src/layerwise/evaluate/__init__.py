@@ -7,6 +7,7 @@ from typing import Any
 from layerwise.table import member
 
 EVALUATIONS = {
+    "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",
     "composition": "layerwise.evaluate.experts:composition",
     "language-modeling": "layerwise.evaluate.language:language_modeling",
     "masked-lm": "layerwise.evaluate.language:masked_language_modeling",
