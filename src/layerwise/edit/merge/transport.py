@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
+from layerwise.models.heads import ClassifierHead
 from layerwise.models.load import load_any
 from layerwise.models.model import Model
 from layerwise.models.plain_spec import PlainStackSpec
@@ -76,14 +77,14 @@ def ot_fuse(
             else:
                 a, b = (s[i] for s in reversed(seen)) if seen else (aligned.flatten(1), ours.weight.weight.flatten(1))
                 carried = transport_map(a, b, solver=solver, reg=reg).to(aligned)
-            for name, mine in ours.state_dict().items():
-                given = aligned if name == "weight.weight" else layer.state_dict()[name]
-                moved = _moved(given, carried) if given.is_floating_point() else given
-                _set(target, name, torch.lerp(moved, mine, weight) if mine.is_floating_point() else mine)
-        ours, layer, target = model.head.out, theirs.head.out, fused.head.out  # type: ignore[union-attr]
-        target.weight.copy_(torch.lerp(_incoming(layer.weight, carried, incoming), ours.weight, weight))
-        if target.bias is not None:
-            target.bias.copy_(torch.lerp(layer.bias, ours.bias, weight))
+            for name, here in ours.state_dict().items():
+                there = aligned if name == "weight.weight" else layer.state_dict()[name]
+                mixed = torch.lerp(_moved(there, carried), here, weight) if here.is_floating_point() else here
+                _set(target, name, mixed)
+        mine, given, made = (_readout(m) for m in (model, theirs, fused))
+        made.weight.copy_(torch.lerp(_incoming(given.weight, carried, incoming), mine.weight, weight))
+        if made.bias is not None:
+            made.bias.copy_(torch.lerp(given.bias, mine.bias, weight))
     return fused
 
 
@@ -130,6 +131,12 @@ def _moved(tensor: Tensor, carried: Tensor) -> Tensor:
     return torch.einsum("n...,nm->m...", tensor, carried) if tensor.dim() else tensor
 
 
+def _readout(model: Model) -> nn.Linear:
+    """The classifier's linear map: its outputs are classes, which need no matching."""
+    assert isinstance(model.head, ClassifierHead)
+    return model.head.out
+
+
 def _set(layer: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     getattr(layer.get_submodule(owner), leaf).copy_(value)
@@ -140,7 +147,7 @@ def _check_alike(ours: Model, theirs: Model) -> None:
     kinds = [[(layer.kind, layer.norm, layer.size, layer.bias) for layer in m.spec.stack.layers] for m in (ours, theirs)]  # type: ignore[union-attr]
     if kinds[0] != kinds[1]:
         raise BadInput(f"ot-fuse needs the same layers but for their widths; here they are {kinds[0]}, there {kinds[1]}")
-    heads = [m.head.out.weight.shape[0] for m in (ours, theirs)]  # type: ignore[union-attr]
+    heads = [_readout(m).out_features for m in (ours, theirs)]
     if heads[0] != heads[1]:
         raise BadInput(f"ot-fuse needs the same classes; there are {heads[0]} here and {heads[1]} there")
 
