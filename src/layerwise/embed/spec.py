@@ -81,6 +81,27 @@ class PixelSpec:
 
 
 @dataclass(frozen=True)
+class GraphSpec:
+    """The operations of another network as nodes of a graph: (b, nodes, width), see `layerwise.embed.graph`.
+
+    Attributes:
+        channels, size: of the images that the described networks read (None: the data's; filled in when the job runs).
+        cutoff: longest path between two nodes that counts as a virtual edge; 1 leaves only the real ones. 50 is GHN-3's.
+    """
+
+    kind: Literal["graph"] = "graph"
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    cutoff: int = 50
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.cutoff <= 250:
+            raise BadInput(f"cutoff is between 1 and 250 edges; it is {self.cutoff}")
+
+
+@dataclass(frozen=True)
 class PatchSpec:
     """Images cut into patches, each one linear map of its pixels, with tokens of no place before them: (b, prefix + rows columns, width).
 

@@ -9,6 +9,7 @@ from layerwise.table import member
 EVALUATIONS = {
     "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",
     "composition": "layerwise.evaluate.experts:composition",
+    "ghn-start": "layerwise.evaluate.ghn:ghn_start",
     "language-modeling": "layerwise.evaluate.language:language_modeling",
     "masked-lm": "layerwise.evaluate.language:masked_language_modeling",
     "classification": "layerwise.evaluate.accuracy:classification",

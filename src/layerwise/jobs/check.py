@@ -48,6 +48,8 @@ NEEDS_HEAD = {
     "deep-supervision": "classifier",
     "forward-forward": "classifier",
     "mono-forward": "classifier",
+    "ghn": "parameters",
+    "ghn-start": "parameters",
     "layer-drop": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",

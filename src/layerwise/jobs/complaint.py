@@ -33,6 +33,7 @@ SECTIONS = {
     "embedding": "layerwise.embed.spec:TokenSpec",
     "target": "layerwise.embed.spec:TokenSpec",
     "pixels": "layerwise.embed.spec:PixelSpec",
+    "graph": "layerwise.embed.spec:GraphSpec",
     "patches": "layerwise.embed.spec:PatchSpec",
     "stem": "layerwise.embed.spec:StemSpec",
     "wave": "layerwise.embed.audio_spec:WaveSpec",

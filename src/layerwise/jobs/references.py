@@ -16,7 +16,7 @@ from layerwise.models.spec import ModelSpec
 from layerwise.table import nearest
 from layerwise.train.spec import TrainSpec
 
-MODELS = ("teacher", "other")
+MODELS = ("teacher", "other", "ghn")
 """Options that hold a model, in whatever objective, edit or analysis has one of these names."""
 STAGE, START = "stage:", "start"
 

@@ -20,7 +20,7 @@ import yaml
 from layerwise.analyze.cost import size
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
-from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
+from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput, Diverged, LayerwiseError
 from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
@@ -448,7 +448,7 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
     if isinstance(embedding, TokenSpec) and embedding.table == "glyphs" and not embedding.strings and data.tokenizer is not None:
         strings = tuple(data.tokenizer.id_to_token(i) or " " for i in range(embedding.vocab or 0))
         embedding = dataclasses.replace(embedding, strings=strings)
-    if isinstance(embedding, PixelSpec | PatchSpec | StemSpec):
+    if isinstance(embedding, PixelSpec | PatchSpec | StemSpec | GraphSpec):
         if data.kind != "images":
             raise BadInput(f"the model reads images but the data is {data.kind}")
         assert data.size is not None and data.channels is not None
@@ -461,7 +461,7 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
         raise BadInput(f"the model reads sound but the data is {data.kind}")
     elif data.kind != "text":
         raise BadInput(f"the model reads text but the data is {data.kind}")
-    if head is not None and head.kind == "classifier" and head.classes is None:
+    if head is not None and head.kind in ("classifier", "parameters") and head.classes is None:
         if data.classes is None:
             raise BadInput("a classifier needs data with labels, or model.head.classes")
         head = dataclasses.replace(head, classes=data.classes)

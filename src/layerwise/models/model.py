@@ -12,15 +12,17 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from layerwise.embed.audio_spec import MelSpec, WaveSpec
+from layerwise.embed.graph import GraphEmbedding
 from layerwise.embed.mel import MelEmbedding
 from layerwise.embed.patches import PatchEmbedding
 from layerwise.embed.pixels import PixelEmbedding
-from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
+from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.embed.stem import StemEmbedding
 from layerwise.embed.tokens import TokenEmbedding
 from layerwise.embed.wave import WaveEmbedding
 from layerwise.errors import BadInput
 from layerwise.memory import check_room
+from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
@@ -63,6 +65,8 @@ class Output:
         head = self.model.head
         if head is None:
             raise AttributeError("this model has no head, so it has no logits")
+        if isinstance(head, ParameterHead):
+            raise AttributeError("this model makes parameters and no logits: see layerwise.models.ghn.predict")
         return head(self.hidden, self.model.token_matrix) if isinstance(head, LMHead) else head(self.pooled)
 
 
@@ -73,15 +77,17 @@ class Model(nn.Module):
         super().__init__()
         self.spec = spec
         width = spec.stack.width
-        self.embedding = _embedding(spec.embedding, width)
+        self.embedding = _embedding(spec.embedding, width, getattr(spec.stack, "layer", None))
         self.stack = Stack(spec.stack)
         self.target = TokenEmbedding(spec.target, spec.decoder.width) if spec.target is not None and spec.decoder is not None else None
         self.decoder = Stack(spec.decoder) if spec.decoder is not None else None
-        self.head: LMHead | ClassifierHead | None = None
+        self.head: LMHead | ClassifierHead | ParameterHead | None = None
         if spec.head is not None:
             out = spec.decoder.width if spec.decoder is not None else width
             tokens = spec.target or spec.embedding
-            if spec.head.kind != "lm":
+            if spec.head.kind == "parameters":
+                self.head = ParameterHead(spec.head, out)
+            elif spec.head.kind != "lm":
                 self.head = ClassifierHead(spec.head, out)
             else:
                 assert isinstance(tokens, TokenSpec) and tokens.vocab
@@ -114,6 +120,7 @@ class Model(nn.Module):
             batch: `input_ids` (b, s) with optional `attention_mask` (b, s, or b, past + s with a cache; 1 = real),
                 `position_ids`, `segment_ids` (document of each packed position) and `token_type_ids`; or `pixel_values`
                 (b, c, h, w), with optional `bool_masked_pos` (b, patches; True = hidden) for patches; or
+                the nodes of graphs (`layerwise.models.graph.graph_batch`); or
                 `input_values` (b, samples) with optional `attention_mask` (b, samples) and `mask_time_indices` (b, frames; True = hidden);
                 or `input_features` (b, mels, frames). An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
             hiddens: keep every layer's output in `Output.hiddens`.
@@ -148,6 +155,11 @@ class Model(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(embedding, PatchEmbedding):
             return stack(embedding(batch), Context(**{"grid": embedding.grid(batch["pixel_values"]), **context})), None
+        if isinstance(embedding, GraphEmbedding):
+            real = batch["graph_mask"]
+            nodes = torch.arange(real.shape[1], device=real.device).masked_fill(~real, PAD)
+            context["extras"] = {**context.get("extras", {}), "edge_bias": embedding.edge_bias(batch)}
+            return stack(embedding(batch), Context(positions=nodes, **context)), real
         if isinstance(embedding, PixelEmbedding | StemEmbedding):
             return stack(embedding(batch), Context(**context)), None
         if isinstance(embedding, MelEmbedding):
@@ -257,16 +269,11 @@ def rebuilt(model: Model, spec: ModelSpec) -> Model:
     return new.train(model.training)
 
 
-def _embedding(spec: TokenSpec | PixelSpec | PatchSpec | StemSpec | WaveSpec | MelSpec, width: int) -> nn.Module:
-    if isinstance(spec, PixelSpec):
-        return PixelEmbedding(spec)
-    if isinstance(spec, StemSpec):
-        return StemEmbedding(spec)
-    if isinstance(spec, WaveSpec):
-        return WaveEmbedding(spec, width)
-    if isinstance(spec, MelSpec):
-        return MelEmbedding(spec, width)
-    return PatchEmbedding(spec, width) if isinstance(spec, PatchSpec) else TokenEmbedding(spec, width)
+def _embedding(spec: Any, width: int, layer: Any) -> nn.Module:
+    if isinstance(spec, GraphSpec):
+        return GraphEmbedding(spec, width, layer.heads)
+    kinds = {PixelSpec: PixelEmbedding, StemSpec: StemEmbedding, WaveSpec: WaveEmbedding, MelSpec: MelEmbedding, PatchSpec: PatchEmbedding}
+    return kinds.get(type(spec), TokenEmbedding)(spec, width)
 
 
 def _mask(mask: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Tag, TypeAdapter
 
 from layerwise.embed.audio_spec import MelSpec, WaveSpec
-from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
+from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.stack.spec import FORBID, Activation, Norm, StackSpec
@@ -21,7 +21,8 @@ class HeadSpec:
 
     Attributes:
         kind: `lm` scores the vocabulary at every position; `classifier` scores `classes` for the pooled input; `projection` makes a
-            vector of `size` numbers of it (CLIP's towers).
+            vector of `size` numbers of it (CLIP's towers); `parameters` makes the weights of the network whose graph was read
+            (`layerwise.models.ghn`).
         tie: the lm head multiplies by the token embedding itself.
         bias: a bias on the scores.
         transform: BERT's dense + activation + norm before the scores (None: none).
@@ -35,9 +36,10 @@ class HeadSpec:
         end_token: the token whose first place `end` takes (None: the highest number in the text, as OpenAI's code does).
         pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
         dropout: before the classifier.
+        kernel: rows and columns of the largest convolution that a head of kind parameters makes in one piece.
     """
 
-    kind: Literal["lm", "classifier", "projection"] = "lm"
+    kind: Literal["lm", "classifier", "projection", "parameters"] = "lm"
     tie: bool = False
     bias: bool = False
     transform: Activation | None = None
@@ -50,12 +52,15 @@ class HeadSpec:
     end_token: int | None = None
     pool_norm: Norm | None = None
     dropout: float = 0.0
+    kernel: int = 11
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
+        if self.kernel < 1:
+            raise BadInput(f"kernel is at least 1; it is {self.kernel}")
         if self.norm_eps < 0:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
         if self.kind == "projection" and self.size is None:
@@ -81,6 +86,7 @@ def _stack_kind(value: Any) -> str:
 EmbeddingSpec = Annotated[
     Annotated[TokenSpec, Tag("tokens")]
     | Annotated[PixelSpec, Tag("pixels")]
+    | Annotated[GraphSpec, Tag("graph")]
     | Annotated[PatchSpec, Tag("patches")]
     | Annotated[StemSpec, Tag("stem")]
     | Annotated[WaveSpec, Tag("wave")]
@@ -117,6 +123,7 @@ class ModelSpec:
             self._check_pixels(self.embedding)
         self._check_patches(self.embedding)
         self._check_sound(self.embedding)
+        self._check_graph(self.embedding)
         if self.decoder is not None and self.decoder.width != self.stack.width:
             raise BadInput(f"the decoder looks at what the encoder made: its width ({self.decoder.width}) must be {self.stack.width}")
         if self.decoder is not None and not all(s.cross and s.causal for s in self.decoder.layers):
@@ -160,6 +167,21 @@ class ModelSpec:
             raise BadInput(
                 "a decoder or a head of kind lm needs words, and this model reads sound: give target, or set head.kind to classifier"
             )
+
+    def _check_graph(self, embedding: Any) -> None:
+        """Graphs go to layers that read their edges, and from there to the parameters of the network that they describe."""
+        layers = self.stack.layers if isinstance(self.stack, StackSpec) else ()
+        reads, makes = isinstance(embedding, GraphSpec), self.head is not None and self.head.kind == "parameters"
+        if makes and not reads:
+            raise BadInput("a head of kind parameters needs the graph of a network: set embedding.kind to graph")
+        if not reads:
+            return
+        if isinstance(self.stack, PlainStackSpec) or any(layer.position != "graph" or layer.causal for layer in layers):
+            raise BadInput("nodes of a graph go to transformer layers that read its edges: set stack.layer.position to graph")
+        if len({layer.heads for layer in layers}) > 1:
+            raise BadInput("all layers share one bias for the edges of a graph, so they have the same number of heads")
+        if self.head is not None and not makes:
+            raise BadInput(f"nodes of a graph become parameters: set head.kind to parameters (it is {self.head.kind})")
 
     def _check_pixels(self, embedding: PixelSpec | StemSpec) -> None:
         """Images as they are go to convolutions, flattened ones to dense layers, and either to classes."""

@@ -5,6 +5,7 @@ OBJECTIVES = {
     "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
     "mono-forward": "layerwise.objectives.mono_forward:MonoForward",
     "causal-lm": "layerwise.objectives.language:CausalLM",
+    "ghn": "layerwise.objectives.ghn:GraphHyperNetwork",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "distilled-masked-lm": "layerwise.objectives.binary:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",

@@ -136,7 +136,7 @@ class Context:
             table: the layer's own bias for offsets on a grid.
         """
         length = q.shape[2]
-        biased = spec.position in ("alibi", "relative", "grid", "grid_shared")
+        biased = spec.position in ("alibi", "relative", "grid", "grid_shared", "graph")
         past = keys is not None and keys.shape[1] > length
         # A layer that was skipped at some steps holds fewer keys than the positions they span.
         reach = self.cache.length if self.cache is not None else length
@@ -168,6 +168,10 @@ class Context:
             bias = self.relative(distance).to(q.dtype)
         elif spec.position in ("grid", "grid_shared"):
             bias = self._grid_bias(table or self.relative, queries, keys).to(q.dtype)
+        elif spec.position == "graph":
+            if "edge_bias" not in self.extras:
+                raise BadInput("a layer with position graph reads the nodes of a graph: the model's embedding must be of kind graph")
+            bias = self.extras["edge_bias"].to(q.dtype)
         else:
             return allowed
         return bias.masked_fill(~allowed, float("-inf"))

@@ -21,7 +21,7 @@ from layerwise.table import nearest
 
 Placement = Literal["pre", "post", "sandwich", "deepnorm", "lns"]
 Norm = Literal["rmsnorm", "rmsnorm_zero", "layernorm"]
-Position = Literal["none", "rotary", "alibi", "relative", "grid", "grid_shared"]
+Position = Literal["none", "rotary", "alibi", "relative", "grid", "grid_shared", "graph"]
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "relu", "silu", "swiglu", "geglu", "geglu_tanh"]
 
 FORBID = {"extra": "forbid"}
@@ -102,7 +102,7 @@ class LayerSpec:
         window: a position sees keys less than `window` positions away (None: all).
         cross: a cross-attention sub-layer over `Context.memory` stands between mixer and feed-forward.
         position: how attention knows positions: rotary, ALiBi, T5's relative buckets, a learned bias for every offset on the grid
-            of an image's patches (`grid`: a table of its own, `grid_shared`: the stack's), or not at all.
+            of an image's patches (`grid`: a table of its own, `grid_shared`: the stack's), the edges of a graph, or not at all.
         grid: (rows, columns) of patches that the table of `position: grid` is made for; other sizes are interpolated.
         rope_theta: base of the rotary frequencies. rope_scaling: how they are stretched (None: not).
         rotary_dim: rotary positions turn this many of a head's dimensions, the first ones (None: all).
