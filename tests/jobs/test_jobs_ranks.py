@@ -34,9 +34,9 @@ def job(tmp_path: Path, verses: Path) -> Path:
     return path
 
 
-def _start(processes: int, *arguments: object) -> subprocess.Popen:
+def _start(processes: int, *arguments: object, script: tuple[object, ...] = ("-m", "layerwise.cli")) -> subprocess.Popen:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "layerwise.cli", *map(str, arguments)]
+    command = [sys.executable, *launcher, *map(str, (*script, *arguments))]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERWISE_CACHE": "off"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -90,3 +90,47 @@ def test_a_bad_job_is_told_once_and_writes_nothing(job: Path, tmp_path: Path):
     _, told = process.communicate(timeout=120)
     assert process.returncode != 0 and told.count("error: stages.cut:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def _workers(launcher: subprocess.Popen) -> dict[str, int]:
+    """The processes that `torchrun` started: rank -> process."""
+    found = {}
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        variables = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{child}/environ").read_text().split("\0"))
+        found[variables["RANK"]] = int(child)
+    return found
+
+
+def _goes_on(run: Path, told: str) -> str:
+    """After one of two ranks was killed: it was told once, and one process finishes the run."""
+    assert told.count("another process of this run ended") + told.count("the leading process of this run ended") == 1, told
+    assert "Traceback" not in told.split("torch/distributed")[0], told
+    assert not (run / "receipt.json").exists()
+    resumed = _done(_start(1, "resume", run))
+    assert (run / "receipt.json").is_file() and not list(run.glob("**/.*.new-*")) and not list(run.glob("**/.parts-*"))
+    return resumed
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_one_of_two_ranks_is_killed_and_one_process_goes_on(job: Path, tmp_path: Path, victim: str):
+    run = tmp_path / "run"
+    process = _start(2, "run", job, "--out", run, "--quiet", "--set", "stages.pretrain.steps=300")
+    until = time.monotonic() + 120
+    while not list(run.glob("checkpoints/**/step-*")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(_workers(process)[victim], signal.SIGKILL)
+    _, told = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert "continuing from step" in _goes_on(run, told)
+
+
+@pytest.mark.parametrize("victim", ["0", "1"])
+def test_a_rank_is_killed_while_it_writes_its_rows_of_a_checkpoint(job: Path, tmp_path: Path, victim: str):
+    """Sharded and in the background: the checkpoint before is used, what was half written is swept."""
+    run, script = tmp_path / "run", Path(__file__).with_name("killed_while_writing.py")
+    settings = ("--quiet", "--set", "stages.pretrain.parallel=fsdp", "--set", "stages.pretrain.steps=60")
+    process = _start(2, "run", job, "--out", run, *settings, script=(script, victim))
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert [path.name for path in run.glob("checkpoints/**/step-*")] == ["step-000000005"]
+    assert "continuing from step 5 of 60" in _goes_on(run, told)
