@@ -53,8 +53,10 @@ def _told() -> Iterator[None]:
             raise
         _tell(f"failed: {type(error).__name__}: {error}")
         raise typer.Exit(1) from None
-    except Exception as error:
-        if isinstance(error, typer.Exit) or os.environ.get("LAYERWISE_DEBUG"):
+    except BaseException as error:
+        # What the Rust code of a library raises when it breaks down is no Exception.
+        panic = type(error).__name__ == "PanicException"
+        if not (isinstance(error, Exception) or panic) or isinstance(error, typer.Exit) or os.environ.get("LAYERWISE_DEBUG"):
             raise
         # A fault of ours; the last event of a run has where it happened.
         typer.echo(f"failed: {type(error).__name__}: {error}\nThis should have been told better: LAYERWISE_DEBUG=1 shows where.", err=True)

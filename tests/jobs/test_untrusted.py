@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 from layerwise.cli import app
 from layerwise.data.load import load_data
 from layerwise.data.spec import AugmentSpec, DataSpec
-from layerwise.data.tokenizer import read_tokenizer
+from layerwise.data.tokenizer import encoded, read_tokenizer, special_ids
 from layerwise.errors import BadInput
 from layerwise.jobs.check import check_job
 from layerwise.jobs.merge import setting
@@ -158,9 +160,25 @@ def test_tokenizer_files(tmp_path: Path, text: Any, data: st.DataObject) -> None
     changed = plain[:place] + piece + plain[place + data.draw(st.integers(0, 9)) :]
     (tmp_path / "tokenizer.json").write_bytes(changed.encode("utf-8", "surrogatepass"))
     try:
-        read_tokenizer(str(tmp_path / "tokenizer.json"))
+        tokenizer = read_tokenizer(str(tmp_path / "tokenizer.json"))
+        list(encoded(tokenizer, ["The fox <eos> leaps\n over 狐 \u0000 2 walls.", ""]))
+        special_ids(tokenizer)
     except BadInput:
         return
+
+
+@pytest.mark.parametrize("expression", ["((a*)*)*$", "(a|aa)+$", "(?:a+)+b", "(", "\\\\1", "(?<=a*)b"])
+def test_a_tokenizer_s_expression_without_end_is_stopped(tmp_path: Path, text: Any, expression: str) -> None:
+    changed = json.loads(text.tokenizer.to_str())
+    bytes_ = changed["pre_tokenizer"]
+    split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+    changed["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, bytes_]}
+    changed["model"]["vocab"]["one more"] = 262  # not plain bytes, which are read without the library
+    (tmp_path / "tokenizer.json").write_text(json.dumps(changed))
+    began = time.monotonic()
+    with contextlib.suppress(BadInput):
+        list(encoded(read_tokenizer(str(tmp_path / "tokenizer.json")), ["a" * 200 + "!"]))
+    assert time.monotonic() - began < 20
 
 
 def test_augmented_text_is_refused(verses: Path) -> None:

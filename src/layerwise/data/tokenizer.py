@@ -104,6 +104,11 @@ def read_tokenizer(path: str) -> Tokenizer:
         raise BadInput(f"{path} is not a tokenizer: {error}") from error
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether the Rust code of the library broke down, which it reports as no ordinary exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     """Ids of pad, eos, mask, cls and sep by the names they usually have."""
     found: dict[str, int | None] = {}
@@ -114,13 +119,23 @@ def special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 
 
 def encoded(tokenizer: Tokenizer, documents: list[str]) -> Iterator[np.ndarray]:
-    """The ids of each document, without special tokens."""
+    """The ids of each document, without special tokens.
+
+    Raises:
+        BadInput: the tokenizer, which came from a file, breaks down over a document (a regular expression without end in it).
+    """
     if _is_bytes(tokenizer):
         for document in documents:
             yield np.frombuffer(document.encode("utf-8"), dtype=np.uint8).astype(np.uint32) + len(SPECIALS)
         return
     for start in range(0, len(documents), DOCUMENTS_AT_ONCE):
-        for encoding in tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False):
+        try:
+            made = tokenizer.encode_batch(documents[start : start + DOCUMENTS_AT_ONCE], add_special_tokens=False)
+        except BaseException as error:
+            if isinstance(error, Exception) or is_panic(error):
+                raise BadInput(f"the tokenizer cannot read a text: {error}") from error
+            raise
+        for encoding in made:
             yield np.array(encoding.ids, dtype=np.uint32)
 
 
