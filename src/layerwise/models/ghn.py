@@ -13,9 +13,6 @@ from torch.nn import functional as F
 from layerwise.models.graph import Graph, Parameter, graph_batch, shape4
 from layerwise.models.spec import HeadSpec
 
-SHRINK = 5.0
-"""What the last layers' first weights are divided by, as published."""
-
 
 class ParameterHead(nn.Module):
     """Vectors of nodes to the tensors of the network they describe, each of its exact shape.
@@ -39,14 +36,14 @@ class ParameterHead(nn.Module):
         self.class_bias = nn.Linear(width, spec.classes)
 
     def initialize(self, std: float | None, generator: torch.Generator) -> None:
-        """PyTorch's usual weights (uniform, variance 1 / (3 inputs)), the last layers' a fifth of that, and zero biases."""
+        """PyTorch's usual weights (uniform, variance 1 / (3 inputs)), the last layers' divided by `spec.shrink`, and zero biases."""
         last = (self.matrix, self.classes, self.vector, self.class_bias)
         for linear in (self.spread, self.hidden, self.vector_hidden, *last):
             nn.init.kaiming_uniform_(linear.weight, a=5**0.5, generator=generator)
             nn.init.zeros_(linear.bias)
         with torch.no_grad():
             for linear in last:
-                linear.weight /= SHRINK
+                linear.weight /= self.spec.shrink
 
     def filters(self, x: Float[Tensor, "k d"], rows: int, columns: int) -> Float[Tensor, "k d d rows columns"]:
         """The convolutions of nodes before tiling and scaling, at most as large as `spec.kernel`."""

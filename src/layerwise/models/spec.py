@@ -37,6 +37,7 @@ class HeadSpec:
         pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
         dropout: before the classifier.
         kernel: rows and columns of the largest convolution that a head of kind parameters makes in one piece.
+        shrink: what it divides the initial weights of its last layers by (5 as published; less starts faster).
     """
 
     kind: Literal["lm", "classifier", "projection", "parameters"] = "lm"
@@ -53,14 +54,15 @@ class HeadSpec:
     pool_norm: Norm | None = None
     dropout: float = 0.0
     kernel: int = 11
+    shrink: float = 5.0
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise BadInput(f"dropout is a probability in [0, 1); it is {self.dropout}")
-        if self.kernel < 1:
-            raise BadInput(f"kernel is at least 1; it is {self.kernel}")
+        if self.kernel < 1 or self.shrink <= 0:
+            raise BadInput(f"kernel is at least 1 and shrink positive; they are {self.kernel} and {self.shrink}")
         if self.norm_eps < 0:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
         if self.kind == "projection" and self.size is None:
