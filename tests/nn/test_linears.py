@@ -18,6 +18,8 @@ SPECS = {
     "sparse-low-rank": LinearSpec("sparse-low-rank", rank=3, alpha=6, density=0.1),
     "nf4": LinearSpec("nf4"),
     "qlora": LinearSpec("qlora", rank=3, alpha=6, double=True),
+    "packed": LinearSpec("packed", bits=3, group=8),
+    "packed-lora": LinearSpec("packed-lora", bits=4, rank=3, alpha=6),
     "loqt": LinearSpec("loqt", rank=3, alpha=0.5),
     "loqt-full": LinearSpec("loqt", rank=3, alpha=0.5, store="full"),
 }

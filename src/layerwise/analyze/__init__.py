@@ -15,6 +15,7 @@ ANALYSES = {
     "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
     "gradient-variance": "layerwise.analyze.gradients:gradient_variance",
     "stream-variance": "layerwise.analyze.stream:stream_variance",
+    "layer-importance": "layerwise.analyze.layer_importance:layer_importance",
     "weight-sizes": "layerwise.analyze.sparsity:weight_sizes",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
 }

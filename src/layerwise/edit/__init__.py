@@ -24,7 +24,9 @@ EDITS = {
     "merge": "layerwise.edit.linears:merge",
     "merge-lora": "layerwise.edit.adapt:merge_lora",
     "pack-binary": "layerwise.edit.binary:pack_binary",
+    "quantize": "layerwise.edit.quantization.quantize:quantize",
     "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
+    "rotate": "layerwise.edit.quantization.rotation:rotate",
     "subclone": "layerwise.edit.cloning:subclone",
 }
 
@@ -43,7 +45,9 @@ PREVIEWS = {
     "merge": "layerwise.edit.linears:preview_merge",
     "merge-lora": "layerwise.edit.linears:preview_merge",
     "pack-binary": "layerwise.edit.binary:preview_pack",
+    "quantize": "layerwise.edit.quantization.quantize:preview_quantize",
     "quantize-nf4": "layerwise.edit.linears:preview_nf4",
+    "rotate": "layerwise.edit.quantization.rotation:preview_rotate",
     "subclone": "layerwise.edit.cloning:preview_subclone",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,

@@ -16,6 +16,7 @@ from layerwise.models.hf.adapters import read_adapter
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
+from layerwise.nn.linears.quantized import QLoRA
 from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "cross.q", "cross.k", "cross.v", "cross.o"]
@@ -33,7 +34,7 @@ def lora(
 ) -> Model:
     """The model with a low-rank term on the `targets` of every layer; it computes exactly what it did before.
 
-    The dense weights are shared with the given model, which stays as it is.
+    Packed matrices (nf4, packed) stay packed beneath the term. The weights are shared with the given model, which stays as it is.
 
     Args:
         rank, alpha, dropout: see `layerwise.nn.linear.LoRA`; alpha None means alpha = rank.
@@ -44,9 +45,10 @@ def lora(
     new = rebuilt(model, preview_lora(model.spec, rank=rank, alpha=alpha, dropout=dropout, targets=targets, freeze=freeze))
     generator = torch.Generator(device=model.device).manual_seed(seed or 0)
     for module in new.modules():
-        if isinstance(module, LoRA):
+        if isinstance(module, LoRA | QLoRA):
+            dtype = module.weight.dtype if isinstance(module, LoRA) else model.token_matrix.dtype
             for name in ("lora_a", "lora_b"):
-                empty = torch.empty_like(getattr(module, name), device=module.weight.device, dtype=module.weight.dtype)
+                empty = torch.empty_like(getattr(module, name), device=model.device, dtype=dtype)
                 setattr(module, name, nn.Parameter(empty))
             module.reset_adapter(generator)
     return new
@@ -101,14 +103,19 @@ def preview_lora(
     spec: ModelSpec, *, rank: int, alpha: float | None, dropout: float, targets: Sequence[Role], freeze: bool, **_: Any
 ) -> ModelSpec:
     """What `lora` makes of a model's description."""
-    linear = LinearSpec("lora", rank=rank, alpha=alpha, dropout=dropout)
+    plain = LinearSpec("lora", rank=rank, alpha=alpha, dropout=dropout)
+    over = {"nf4": "qlora", "packed": "packed-lora"}
+
+    def over_what(old: LinearSpec | None) -> LinearSpec:
+        packed = old is not None and old.kind in over
+        return dataclasses.replace(old, kind=over[old.kind], rank=rank, alpha=alpha, dropout=dropout) if packed and old else plain
 
     def attach(layer: LayerSpec) -> LayerSpec:
-        if any(s.kind == "lora" for s in layer.linears.values()):
+        if any(s.kind in ("lora", *over.values()) for s in layer.linears.values()):
             raise BadInput("this model has LoRA already: merge it first (edit: merge-lora)")
         there = [t for t in targets if (t != "gate" or layer.gated) and (not t.startswith("cross.") or layer.cross)]
         if not there:
             raise BadInput(f"no layer has a linear called {' or '.join(targets)}")
-        return dataclasses.replace(layer, linears={**layer.linears, **dict.fromkeys(there, linear)})
+        return dataclasses.replace(layer, linears={**layer.linears, **{t: over_what(layer.linears.get(t)) for t in there}})
 
     return dataclasses.replace(with_layers(spec, attach, "lora"), adapters_only=freeze)

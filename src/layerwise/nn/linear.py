@@ -22,6 +22,8 @@ LINEARS = {
     "sparse-low-rank": "layerwise.nn.linears.sparse:SparseLowRank",
     "nf4": "layerwise.nn.linears.quantized:Quantized",
     "qlora": "layerwise.nn.linears.quantized:QLoRA",
+    "packed": "layerwise.nn.linears.quantized:Quantized",
+    "packed-lora": "layerwise.nn.linears.quantized:QLoRA",
     "loqt": "layerwise.nn.linears.loqt:LoQT",
     "binary": "layerwise.nn.linears.binary:Binary",
     "binary-packed": "layerwise.nn.linears.binary:PackedBinary",

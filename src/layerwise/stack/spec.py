@@ -35,13 +35,15 @@ class LinearSpec:
     Attributes:
         kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`; `lora` (dense and frozen, plus a trained low-rank term);
             `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`;
+            `packed` (whole numbers on a grid, frozen) and `packed-lora` (the same plus a trained low-rank term);
             `binary` (one-bit matrix and inputs) and `binary-packed` (the same, frozen, eight weights to a byte).
         rank: rank of the low-rank term, for the kinds that have one.
         alpha: the low-rank term is scaled by `alpha / rank`, None means `alpha = rank`; `loqt` scales by `alpha` itself (None: 1).
-        dropout: dropout on the input of the low-rank term (lora, qlora).
+        dropout: dropout on the input of the low-rank term (lora, qlora, packed-lora).
         density: for sparse-low-rank: share of the entries that are trained one by one.
         store: for loqt: its frozen matrices in 4 bits (`nf4`) or as they are (`full`).
         block: for 4-bit matrices: numbers that share a scale. double: the scales are quantized to 8 bits too.
+        bits: for packed ones: of a number, 2, 3, 4 or 8. group: inputs of a row that share a scale (None: all of them).
     """
 
     kind: str = "dense"
@@ -52,11 +54,15 @@ class LinearSpec:
     store: Literal["nf4", "full"] = "nf4"
     block: int = 64
     double: bool = False
+    bits: int = 4
+    group: int | None = None
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
-        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt") and (self.rank is None or self.rank < 1):
+        if self.bits not in (2, 3, 4, 8) or (self.group is not None and self.group < 1):
+            raise BadInput(f"packed weights have 2, 3, 4 or 8 bits and groups of at least 1 input; got {self.bits} and {self.group}")
+        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt", "packed-lora") and (self.rank is None or self.rank < 1):
             raise BadInput(f"a {self.kind} linear needs rank >= 1; rank is {self.rank}")
         if not 0 < self.density <= 1 or self.block < 1:
             raise BadInput(f"density is in (0, 1] and block >= 1; got {self.density} and {self.block}")

@@ -1,4 +1,4 @@
-"""Matrices in 4-bit NormalFloat: stored packed, unpacked for the product and dropped."""
+"""Matrices in few bits, 4-bit NormalFloat or whole numbers on a grid: stored packed, unpacked for the product and dropped."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerwise.nn.integers import Grid, find_grid
 from layerwise.nn.linear import Linear
 from layerwise.nn.nf4 import NF4, dequantize, quantize, sizes
+from layerwise.nn.packing import pack, packed_bytes, unpack
 from layerwise.stack.spec import LinearSpec
 
 
@@ -42,6 +44,50 @@ class Packed(nn.Module):
         return dequantize(
             NF4(self.codes, self.scales.float() if self.second is None else self.scales, self.second), self.shape, self.block, dtype
         )
+
+
+class Integers(nn.Module):
+    """A frozen matrix of whole numbers on a grid. Its buffers are the packed bytes themselves, in memory as in a checkpoint.
+
+    Args:
+        shape: of the matrix, (out, in). bits: of a number. group: inputs of a row that share a scale and a zero (None: all).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def __init__(self, shape: tuple[int, int], bits: int, group: int | None = None) -> None:
+        super().__init__()
+        self.shape, self.bits = shape, bits
+        self.group = shape[1] if group is None else group
+        groups = -(-shape[1] // self.group)
+        self.register_buffer("codes", torch.empty(packed_bytes(shape[0] * shape[1], bits), dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(shape[0], groups, dtype=torch.float16))
+        self.register_buffer("zeros", torch.empty(packed_bytes(shape[0] * groups, bits), dtype=torch.uint8))
+
+    def put(self, codes: Tensor, grid: Grid) -> None:
+        """Take over codes (out, in) on a grid."""
+        self.codes, self.zeros = pack(codes, self.bits), pack(grid.zeros, self.bits)
+        self.scales = grid.scales.to(torch.float16)
+
+    def store(self, matrix: Tensor) -> None:
+        """Round `matrix` to the nearest numbers."""
+        grid = find_grid(matrix, self.bits, self.group)
+        self.put(grid.nearest(matrix.float()), grid)
+
+    def grid(self) -> Grid:
+        """The values that the matrix may have."""
+        zeros = unpack(self.zeros, self.bits, self.scales.numel()).view(self.scales.shape).float()
+        return Grid(self.scales.float(), zeros, self.bits, self.group)
+
+    def numbers(self) -> Tensor:
+        """The codes, (out, in) uint8."""
+        return unpack(self.codes, self.bits, self.shape[0] * self.shape[1]).view(self.shape)
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix, unpacked."""
+        return self.grid().values(self.numbers()).to(dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -79,11 +125,12 @@ def packed_linear(x: Tensor, stored: Any, bias: Tensor | None = None, received: 
 
 
 class Quantized(Linear):
-    """A frozen matrix in NF4. Source: Dettmers et al. 2023, "QLoRA", section 3."""
+    """A frozen matrix in NF4 (Dettmers et al. 2023, "QLoRA", section 3) or, of a kind that begins with `packed`, in whole numbers."""
 
     def __init__(self, inner: int, outer: int, bias: bool, spec: LinearSpec) -> None:
         super().__init__(inner, outer, bias)
-        self.base = Packed((outer, inner), spec.block, spec.double)
+        integers = spec.kind.startswith("packed")
+        self.base: Any = Integers((outer, inner), spec.bits, spec.group) if integers else Packed((outer, inner), spec.block, spec.double)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.base, self.bias)
@@ -103,7 +150,7 @@ class Quantized(Linear):
 
 
 class QLoRA(Quantized):
-    """A frozen NF4 matrix plus a trained low-rank term: y = Q x + (alpha / rank) B A dropout(x).
+    """A frozen packed matrix plus a trained low-rank term: y = Q x + (alpha / rank) B A dropout(x).
 
     Source: Dettmers et al. 2023, "QLoRA", equation 5.
     """
@@ -125,6 +172,11 @@ class QLoRA(Quantized):
     @torch.no_grad()
     def store(self, matrix: Tensor, generator: torch.Generator) -> None:
         super().store(matrix, generator)
+        self.reset_adapter(generator)
+
+    @torch.no_grad()
+    def reset_adapter(self, generator: torch.Generator) -> None:
+        """A uniform as in nn.Linear (bound 1/sqrt(in)), B zero."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.lora_a, -bound, bound, generator=generator)
         nn.init.zeros_(self.lora_b)

@@ -1,0 +1,47 @@
+"""Which layers get more bits: the important ones, so many that the mean is what was asked for."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from layerwise.analyze.layer_importance import layer_scores
+from layerwise.errors import BadInput
+from layerwise.models.model import Model
+
+By = Literal[
+    "input-modification", "token-modification", "z-score", "absolute-z-score", "angular-distance", "taylor", "gradient-norm", "random"
+]
+
+
+def layer_order(
+    model: Model, data: Any, by: By, *, reverse: bool = False, samples: int = 64, split: str = "train", seed: int = 0
+) -> list[int]:
+    """The layers, the most important first (`reverse`: the least), by a score of the model as it is."""
+    depth = model.stack.depth
+    if by == "random":
+        order = random.Random(seed).sample(range(depth), depth)
+    else:
+        score = layer_scores(model, data, by, samples=samples, split=split)
+        order = sorted(range(depth), key=lambda i: (-score[i], i))
+    return order[::-1] if reverse else order
+
+
+def allocate(order: Sequence[int], high: int, low: int, mean: float) -> list[int]:
+    """Bits of every layer: `high` for the first of `order`, `low` for the rest, so many that their mean is nearest to `mean`.
+
+    Raises:
+        BadInput: the mean is not between the two.
+
+    Source: Dumitru et al. 2024, "Layer-Wise Quantization" (arXiv 2406.17415).
+    """
+    if not low < high or not low <= mean <= high:
+        raise BadInput(f"low_bits < bits and a mean_bits between them are needed; got {low}, {high} and {mean}")
+    upper = set(order[: many(len(order), high, low, mean)])
+    return [high if i in upper else low for i in range(len(order))]
+
+
+def many(depth: int, high: int, low: int, mean: float) -> int:
+    """How many of `depth` layers get the high number of bits."""
+    return round(depth * (mean - low) / (high - low))

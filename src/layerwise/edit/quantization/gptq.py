@@ -1,0 +1,102 @@
+"""GPTQ: columns rounded one after another, each one's error moved to the columns that are still free."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from layerwise.nn.integers import Grid, find_grid
+
+BLOCK = 128
+
+
+def gptq(
+    weight: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = False,
+    clip: bool = False,
+    act_order: bool = False,
+    damping: float = 0.01,
+    stored: torch.dtype = torch.float16,
+) -> tuple[UInt8[Tensor, "out in"], Grid]:
+    """Codes Q that make tr((W - Q) H (W - Q)^T) small, and their grid.
+
+    Inputs that never occur (zero on H's diagonal) get the code of 0. A group's grid is made when its first column is reached, from the
+    columns as moved by then; with `act_order` all grids are made beforehand, so that groups stay runs of neighbours
+    in the stored order and no index of groups is needed (the published code calls this static groups).
+
+    Args:
+        hessian: sum of x x^T over inputs x, in any unit. bits, group, symmetric, clip, stored: see `find_grid`.
+        act_order: columns in order of falling diagonal of H. damping: share of H's mean diagonal added to the diagonal; ten times
+            as much is taken until a Cholesky factor exists.
+
+    Source: Frantar et al. 2022, "GPTQ" (arXiv 2210.17323), algorithm 1 and published code.
+    """
+    w, h = weight.float().clone(), hessian.float().clone()
+    width = w.shape[1]
+    diagonal = torch.diagonal(h)
+    dead = diagonal == 0
+    diagonal[dead] = 1.0
+    w[:, dead] = 0.0
+    size = width if group is None else group
+    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width, device=w.device)
+    static = find_grid(w, bits, size, symmetric=symmetric, clip=clip, stored=stored) if act_order or size >= width else None
+    w, h = w[:, order], h[order][:, order]
+    factor = _factor(h, damping)
+    scales = [] if static is None else [static.scales]
+    zeros = [] if static is None else [static.zeros]
+    codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
+    block = BLOCK if static is not None else math.gcd(size, BLOCK) if size > BLOCK else size
+    for start in range(0, width, block):
+        end = min(start + block, width)
+        if static is None and start % size == 0:
+            made = find_grid(w[:, start : start + size], bits, None, symmetric=symmetric, clip=clip, stored=stored)
+            scales.append(made.scales)
+            zeros.append(made.zeros)
+        part, local = w[:, start:end], factor[start:end, start:end]
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            at = int(order[start + i]) // size if static is not None else -1
+            s, z = (scales[0][:, at], zeros[0][:, at]) if static is not None else (scales[-1][:, 0], zeros[-1][:, 0])
+            code = (torch.round(part[:, i] / s) + z).clamp(0, 2**bits - 1)
+            codes[:, start + i] = code.to(torch.uint8)
+            errors[:, i] = (part[:, i] - s * (code - z)) / local[i, i]
+            part[:, i:].addr_(errors[:, i], local[i, i:], alpha=-1)
+        w[:, end:] -= errors @ factor[start:end, end:]
+    stored_codes = torch.empty_like(codes)
+    stored_codes[:, order] = codes
+    return stored_codes, Grid(torch.cat(scales, dim=1), torch.cat(zeros, dim=1), bits, size)
+
+
+def _factor(h: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """U, upper triangular, with U^T U = (H + damping mean(diag H) I)^-1."""
+    mean = torch.diagonal(h).mean()
+    for _ in range(8):
+        damped = h + damping * mean * torch.eye(len(h), device=h.device, dtype=h.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping = max(10 * damping, 1e-6)
+    raise RuntimeError("the second moments of a layer's inputs are not finite or not positive: check the calibration data")
+
+
+def rtn(
+    weight: Float[Tensor, "out in"],
+    bits: int,
+    group: int | None = None,
+    *,
+    symmetric: bool = False,
+    clip: bool = False,
+    stored: torch.dtype = torch.float16,
+) -> tuple[UInt8[Tensor, "out in"], Grid]:
+    """Every number rounded to the nearest of its grid."""
+    grid = find_grid(weight, bits, group, symmetric=symmetric, clip=clip, stored=stored)
+    return grid.nearest(weight.float()), grid
