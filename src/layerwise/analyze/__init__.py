@@ -15,7 +15,9 @@ ANALYSES = {
     "gradient-norms": "layerwise.analyze.gradients:gradient_norms",
     "gradient-variance": "layerwise.analyze.gradients:gradient_variance",
     "stream-variance": "layerwise.analyze.stream:stream_variance",
-    "layer-importance": "layerwise.analyze.layer_importance:layer_importance",
+    "layer-importance": "layerwise.analyze.scores:layer_importance",
+    "quantization-error": "layerwise.analyze.quantization:quantization_error",
+    "bits-curve": "layerwise.analyze.layer_bits:bits_curve",
     "weight-sizes": "layerwise.analyze.sparsity:weight_sizes",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
 }

@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from layerwise.analyze.layer_importance import layer_scores
+from layerwise.analyze.scores import layer_scores
 from layerwise.errors import BadInput
 from layerwise.models.model import Model
 

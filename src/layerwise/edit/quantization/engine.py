@@ -185,7 +185,7 @@ def _quantize_layer(index: int, layer: Any, bits: int, state: _State) -> Quantiz
     if bits < 16:
         if recipe.scale == "awq":
             hessians, sizes = _magnitudes(index, work, state)
-            scale_layer(work, hessians, sizes, bits=bits, **recipe.grid())
+            scale_layer(work, hessians, sizes, bits=bits, **recipe.grid() | {"clip": False})
         original = copy.deepcopy(work) if recipe.propagate else layer
         weights = [_weights(index, work, state, i) for i in range(len(state.quantized))] if recipe.tokens else None
         for side, roles in GROUPS:

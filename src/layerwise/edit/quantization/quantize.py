@@ -64,7 +64,7 @@ def quantize(
         tokens: what a token's weight in the second moments comes from; floor, exponent: see `token_weights`; shifts: every row is
             also used turned around so many times (RSQ).
         low_bits, mean_bits: give the more important layers `bits` and the others `low_bits`, `mean_bits` on average; by: the score that
-            says which (`layerwise.analyze.layer_importance`); reverse: the other way around.
+            says which (`layerwise.analyze.scores`); reverse: the other way around.
         samples, batch, split, seed: calibration rows, drawn with the seed; spill: their activations lie on disk.
 
     Raises:

@@ -22,7 +22,7 @@ def scale_layer(layer: Any, hessians: dict[str, Float[Tensor, "in in"]], sizes: 
 
     Args:
         hessians, sizes: for q, o, up and down: second moments and mean magnitudes of their inputs.
-        grid: how the matrices will be rounded (`find_grid`).
+        grid: how the matrices will be rounded (`find_grid`); the search rounds without clipping.
     """
     spec, attention, ffn = layer.spec, layer.mixer.branch, layer.ffn.branch
     before = spec.placement not in ("post", "deepnorm")

@@ -9,17 +9,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from layerwise.stack.context import Context
+from layerwise.stack.context import PAD, Context
 from layerwise.stack.record import Recorder
 
 Tokens = Literal["attention", "first", "first-last", "norm", "change", "distance", "rare", "random"]
 
 
 def attention_received(layer: Any, x: Float[Tensor, "b s width"], ctx: Context, index: int) -> Float[Tensor, "b s"]:
-    """r_j = sum over heads and queries of the probability that key j is looked at; sums to heads times length in every row."""
+    """r_j = sum over heads and queries of the probability that key j is looked at; sums to heads times length in every row.
+
+    Queries at padding do not count.
+    """
     recorder = Recorder(keep_attention=frozenset({index}))
     layer(x, dataclasses.replace(ctx, recorder=recorder), (index, 0))
-    return recorder.attention[index].float().sum(dim=(1, 2))
+    seen = recorder.attention[index].float().sum(dim=1)
+    if ctx.positions is not None:
+        seen = seen * (ctx.positions != PAD)[..., None]
+    return seen.sum(dim=1)
 
 
 def token_scores(

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import layerwise as lw
-from layerwise.analyze.layer_importance import cosine, layer_scores, unusual
+from layerwise.analyze.scores import cosine, layer_scores, unusual
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.presets import preset
