@@ -11,6 +11,7 @@ from layerwise.analyze.cost import FORMULAS
 from layerwise.analyze.ledger import SavedTensors, gradient_bytes, parameter_bytes, state_bytes
 from layerwise.cli import app
 from layerwise.errors import BadInput
+from layerwise.jobs.catalogue import find
 from layerwise.jobs.estimate import estimate_job
 from layerwise.jobs.schema import read_job
 from layerwise.models.model import build
@@ -71,3 +72,8 @@ def test_said_at_the_command_line_and_refused_in_words():
         estimate_job(_job(), gpu="h10")
     with pytest.raises(BadInput, match="multiple of accumulate x GPUs"):
         estimate_job(_job(), gpus=5)
+
+
+def test_an_objective_that_depends_on_values_is_refused() -> None:
+    with pytest.raises(BadInput, match="ghn cannot be estimated"):
+        estimate_job(read_job(find("ghn3"), scale="smoke"))

@@ -49,8 +49,9 @@ def ghn_start(
     accuracy it has. Batch norms use the batch's statistics throughout.
 
     Metrics: `untrained` and `accuracy`, means over `nets` architectures of the distribution that the hypernetwork was trained on; `rate`,
-    the geometric mean of the chosen ones; `largest_rate_accuracy` and `smallest_rate_accuracy`, with that rate for all; and where `others`, `others_untrained` and `others_accuracy`, of networks outside that
-    distribution, in plain PyTorch: deeper, wider, with linear layers.
+    the geometric mean of the chosen ones; `largest_rate_accuracy` and `smallest_rate_accuracy`, with that rate for all; and where
+    `others`, `others_untrained` and `others_accuracy`, of networks outside that distribution, in plain PyTorch: deeper, wider, with
+    linear layers.
 
     Args:
         start: weights predicted by the model, or He's random ones.

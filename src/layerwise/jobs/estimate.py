@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from layerwise.analyze.cost import Operations
@@ -199,9 +199,11 @@ def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) 
         context = {"around": (Recompute(train.recompute, depth),)} if train.recompute else {}
         with Operations() as operations, SavedTensors(parameters) as saved:
             with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
-                loss = objective(
-                    model, {n: torch.zeros(s, dtype=d) for n, (s, d) in shapes.items()}, torch.Generator().manual_seed(0), **context
-                )
+                batch = {n: torch.zeros(s, dtype=d) for n, (s, d) in shapes.items()}
+                try:
+                    loss = objective(model, batch, torch.Generator().manual_seed(0), **context)
+                except DataDependentOutputException as error:
+                    raise BadInput(f"{train.objective} cannot be estimated: what it computes depends on values; run a few steps") from error
             forward = operations.total
             loss.mean.backward()
         whole, sizes = _bytes(parameters), trained_sizes(nn.ModuleList([model, objective]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,12 +39,10 @@ class GraphHyperNetwork(Objective):
         self.nets, self.pool, self.pool_seed, self.smoothing, self.penalty = nets, pool, pool_seed, smoothing, penalty
         self.specs: list[Any] = []
 
-    def attach(self, model: Any, batch: Mapping[str, Any]) -> None:
-        self.specs = training_pool(model, self.pool, self.pool_seed)
-
     def forward(self, model: Any, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
-        device = generator.device if generator is not None else "cpu"
-        drawn = torch.randperm(self.pool, generator=generator, device=device)[: self.nets].tolist()
+        self.specs = self.specs or training_pool(model, self.pool, self.pool_seed)
+        # By the step's seed: all micro-batches of a step meet the same architectures.
+        drawn = random.Random(0 if generator is None else generator.initial_seed()).sample(range(self.pool), self.nets)
         targets = [target_of(self.specs[i]) for i in drawn]
         labels, count = batch["labels"], len(batch["labels"])
         loss, right = labels.new_zeros((), dtype=torch.float32), labels.new_zeros((), dtype=torch.float32)
