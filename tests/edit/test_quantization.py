@@ -4,9 +4,14 @@ The numbers in names are those of the checks that the methods' descriptions ask 
 """
 
 import copy
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import layerwise as lw
@@ -491,3 +496,80 @@ def test_what_cannot_be_is_said_before_any_work(options, message, text):
     packed = lw.edit.quantize(_model(1), method="rtn")
     with pytest.raises(BadInput, match="edit: merge"):
         lw.edit.quantize(packed, text)
+
+
+# --- export
+
+
+def _decoded(tensors, prefix, bits, second):
+    """A matrix (out, in) out of the GPTQ format, by bits, with nothing of ours."""
+
+    def streams(words):  # (words, columns) int32 -> (numbers, columns), lowest bits first down each column
+        raw = words.numpy().astype(np.uint32)
+        ones = (raw[:, None, :] >> np.arange(32, dtype=np.uint32)[None, :, None]) & 1
+        ones = ones.reshape(-1, bits, raw.shape[1]) if (raw.shape[0] * 32) % bits == 0 else None
+        return (ones * (1 << np.arange(bits))[None, :, None]).sum(axis=1)
+
+    codes = streams(tensors[prefix + "qweight"])
+    zeros = streams(tensors[prefix + "qzeros"].t().contiguous()).T + (0 if second else 1)
+    scales, of = tensors[prefix + "scales"].float().numpy(), tensors[prefix + "g_idx"].numpy()
+    return torch.from_numpy(scales[of] * (codes - zeros[of])).t()
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 16, False), (3, 32, True), (4, 64, False), (8, None, True)])
+def test_gptq_checkpoints_decoded_by_bits_hold_the_packed_matrices(bits, group, symmetric, text, tmp_path):
+    data = preset("decoder")
+    data["stack"] |= {"depth": 2, "width": 64, "init_std": 0.3}
+    data["stack"]["layer"] |= {"heads": 2, "ffn_width": 128}
+    model = build(model_spec({**data, "embedding": {"vocab": 256}})).eval()
+    packed = lw.edit.quantize(model, text, bits=bits, group=group, symmetric=symmetric, samples=4)
+    folder = lw.export(packed, tmp_path / "gptq", format="gptq")
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["bits"] == bits and config["group_size"] == (group or -1) and config["sym"] is symmetric and not config["desc_act"]
+    for ours, theirs in (
+        ("mixer.branch.q", "self_attn.q_proj"),
+        ("mixer.branch.o", "self_attn.o_proj"),
+        ("ffn.branch.down", "mlp.down_proj"),
+    ):
+        module = packed.get_submodule(f"stack.layers.1.{ours}")
+        prefix = f"model.layers.1.{theirs}."
+        made = _decoded(tensors, prefix, bits, config["checkpoint_format"] == "gptq_v2")
+        torch.testing.assert_close(made, module.materialize(), atol=0, rtol=1e-6, check_dtype=False)
+        assert tensors[prefix + "qweight"].shape == (module.in_features * bits // 32, module.out_features)
+        assert tensors[prefix + "scales"].dtype == torch.float16 and prefix + "weight" not in tensors
+    parsed = transformers.GPTQConfig.from_dict(config)
+    assert parsed.bits == bits and parsed.quant_method == "gptq"
+    assert (folder / "model.safetensors").stat().st_size < sum(t.numel() * t.element_size() for t in packed.state_dict().values()) + 30_000
+
+
+def test_layers_of_other_widths_are_named_and_what_the_format_cannot_hold_is_refused(text, tmp_path):
+    data = preset("decoder")
+    data["stack"] |= {"depth": 3, "width": 64}
+    data["stack"]["layer"] |= {"heads": 2, "ffn_width": 128}
+    model = build(model_spec({**data, "embedding": {"vocab": 256}})).eval()
+    mixed = lw.edit.quantize(model, method="rtn", bits=[4, 16, 2], group=16)
+    folder = lw.export(mixed, tmp_path / "mixed", format="gptq")
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["bits"] == 4 and settings["dynamic"] == {r"-:.*layers\.1\..*": {}, r"+:.*layers\.2\..*": {"bits": 2}}
+    assert "model.layers.1.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
+    with pytest.raises(BadInput, match="edit: quantize"):
+        lw.export(model, tmp_path / "dense", format="gptq")
+    with pytest.raises(BadInput, match="multiples of 32"):
+        lw.export(lw.edit.quantize(_model(1), method="rtn"), tmp_path / "odd", format="gptq")
+
+
+def test_gptq_gives_the_numbers_of_its_authors_code():
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "gptq.json").read_text())
+    at = torch.arange(8 * 32, dtype=torch.float64)
+    w = torch.sin(at * 1.7 + 0.3 * at.sqrt()).view(8, 32).float()
+    at = torch.arange(96 * 32, dtype=torch.float64)
+    x = torch.cos(at * 0.37 + at.pow(1.5) * 0.01).view(96, 32)
+    x = (x + 0.6 * x.roll(1, 1) + 0.3 * x.roll(3, 0)).float() * torch.linspace(0.5, 2, 32)
+    moments = Moments(32)
+    moments.add(x.view(4, 24, 32))
+    torch.testing.assert_close(moments.hessian[3], torch.tensor(golden["hessian_row"]), atol=2e-4, rtol=1e-4)
+    for name in ("rows", "clipped", "groups", "ordered"):
+        case = golden[name]
+        options = {key: case[key] for key in ("symmetric", "clip", "act_order")}
+        codes, grid = gptq(w, moments.hessian, case["bits"], case["group"], **options, stored=torch.float32)
+        torch.testing.assert_close(grid.values(codes), torch.tensor(case["rounded"]), atol=2e-5, rtol=1e-5)

@@ -23,6 +23,7 @@ from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.memory import check_room
 from layerwise.models.hf import family_for
 from layerwise.models.hf.adapters import adapter_family
+from layerwise.models.hf.gptq import preview_gptq
 from layerwise.models.load import described
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.room import check_model
@@ -139,7 +140,9 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
             if isinstance(stage.spec, TrainSpec):
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
             elif isinstance(stage.spec, Export):
-                if stage.spec.format != "layerwise":
+                if stage.spec.format == "gptq":
+                    family_for(preview_gptq(spec))
+                elif stage.spec.format != "layerwise":
                     (family_for if stage.spec.format == "hf" else adapter_family)(spec)
                 yield stage
             elif stage.spec is not None:

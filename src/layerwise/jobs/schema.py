@@ -94,7 +94,7 @@ class Generate(Strict):
 class Export(Strict):
     """Options of an export stage."""
 
-    format: Literal["hf", "peft", "layerwise"]
+    format: Literal["hf", "peft", "gptq", "layerwise"]
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
 

@@ -13,6 +13,7 @@ from layerwise.models.checkpoint import load as load_own
 from layerwise.models.hf import export_hf, import_hf
 from layerwise.models.hf.adapters import export_adapter
 from layerwise.models.hf.folder import read_config
+from layerwise.models.hf.gptq import export_gptq
 from layerwise.models.model import Model, build
 from layerwise.models.presets import PRESETS, preset
 from layerwise.models.spec import ModelSpec, model_spec
@@ -74,7 +75,7 @@ def _run_model(folder: Path) -> Path:
 
 
 def export(model: Model, folder: str | Path, *, format: str = "hf", tokenizer: Any = None, dtype: torch.dtype | None = None) -> Path:
-    """Write a model for others: `hf` is a Hugging Face checkpoint, `peft` its low-rank terms alone, `layerwise` our own format.
+    """Write a model for others: `hf` is a Hugging Face checkpoint, `peft` its low-rank terms alone, `gptq` one with packed matrices, `layerwise` our own format.
 
     Raises:
         BadInput: the format is neither, or no Hugging Face family can hold this model.
@@ -85,4 +86,6 @@ def export(model: Model, folder: str | Path, *, format: str = "hf", tokenizer: A
         return save(model if dtype is None else model.to(dtype), Path(folder), tokenizer=tokenizer)
     if format == "peft":
         return export_adapter(model if dtype is None else model.to(dtype), Path(folder))
-    raise BadInput(f"format is hf, peft or layerwise; got '{format}'")
+    if format == "gptq":
+        return export_gptq(model, Path(folder), tokenizer=tokenizer, dtype=dtype)
+    raise BadInput(f"format is hf, peft, gptq or layerwise; got '{format}'")

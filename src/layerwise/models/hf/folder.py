@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ def export_hf(
     dtype: torch.dtype | None = None,
     max_length: int | None = None,
     shard_bytes: int = SHARD_BYTES,
+    change: Callable[[dict[str, Tensor], dict[str, Any]], None] | None = None,
 ) -> Path:
     """Write a model as a Hugging Face checkpoint: config, safetensors (sharded when large), tokenizer.
 
@@ -82,6 +83,7 @@ def export_hf(
         max_length: longest sequence the model is meant for (None: what its old config says, or 2048). Learned positions and
             an old config that allows more are not shortened by it.
         shard_bytes: size above which the weights are spread over several files.
+        change: alters their tensors and config, in place, before they are written.
 
     Raises:
         BadInput: no family can hold the model, or the folder holds something.
@@ -109,6 +111,8 @@ def export_hf(
     for role in ("pad", "eos", "bos"):
         if role in special and config.get(f"{role}_token_id") is None and f"{role}_token_id" not in written:
             config[f"{role}_token_id"] = tokenizer.token_to_id(special[role])
+    if change is not None:
+        change(tensors, config)
     with whole_folder(folder) as temporary:
         write_json(temporary / "config.json", config)
         write_tensors(temporary, tensors, shard_bytes)
@@ -120,6 +124,13 @@ def export_hf(
         if tokenizer is not None:
             _write_tokenizer(tokenizer, temporary, special, config.get("max_position_embeddings") or max_length or 2048)
     return folder
+
+
+def their_names(model: Model) -> dict[str, str]:
+    """Our name of every tensor that has one of theirs to itself -> theirs, in the family that an export would choose."""
+    origin = origin_of(model)
+    family = family_for(model.spec, preferred=origin.config.get("model_type") if origin is not None else None)
+    return {pair.ours[0]: pair.theirs for pair in family.pairs(model.spec) if len(pair.ours) == 1}
 
 
 def _config(folder: Path) -> dict[str, Any]:
