@@ -4,6 +4,7 @@ Options are JSON: `spec` (of training), `layer`, `folder` (of checkpoints), `sto
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.train.loop import Listener, train
+from layerwise.train.parallel import outline, outlined
 from layerwise.train.spec import TrainSpec
 
 torch.set_num_threads(1)
@@ -40,6 +42,11 @@ described["stack"] |= {"depth": 2, "width": 16}
 described["stack"]["layer"] |= {"heads": 2, **options.get("layer", {})}
 described["embedding"] = {"vocab": data.vocab}
 model = build(model_spec(described)).double()
+
+if options.get("spec", {}).get("parallel") == "fsdp" and os.environ.get("RANK", "0") != "0":
+    # Only the leader has the values; this process gets its share of them from there.
+    model = outlined(outline(model))
+    assert all(t.is_meta for t in model.state_dict().values())
 
 
 class Stops(Listener):

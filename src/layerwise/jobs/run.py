@@ -41,7 +41,9 @@ from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec, spec_data
 from layerwise.report.page import write_report
 from layerwise.train.loop import Listener
+from layerwise.train.parallel import outline, outlined
 from layerwise.train.ranks import Ranks, join
+from layerwise.train.spec import TrainSpec
 
 
 def run_job(
@@ -374,7 +376,7 @@ class _Runner:
         try:
             with metered(torch.device(self.device)) as meter:
                 model, result = run_stage(
-                    resolved(stage, arm.models), arm.make(), data, seed, self.device,
+                    resolved(stage, arm.models), self._model(stage, arm), data, seed, self.device,
                     checkpoints=checkpoints, exports=self.out / "exports" / place / ("" if alone else stage.name), listener=listener,
                 )  # fmt: skip
         finally:
@@ -394,6 +396,17 @@ class _Runner:
             shutil.rmtree(checkpoints, ignore_errors=True)
         self.here.share(result.data())
         return result
+
+    def _model(self, stage: Stage, arm: _Arm) -> Model:
+        """The model a stage begins with. For sharded training only the leader makes it; the others lay it out without values."""
+        if not (isinstance(stage.spec, TrainSpec) and stage.spec.parallel == "fsdp" and self.here.world > 1):
+            return arm.make()
+        model = arm.make() if self.here.leads else None
+        data = self.here.share(outline(model) if model is not None else None)
+        if model is not None:
+            return model
+        # Weights that several layers share would be emptied apart from each other.
+        return arm.make() if data["shared"] else outlined(data)
 
     def _data(self, spec: DataSpec) -> Data:
         key = digest(dataclasses.asdict(spec))

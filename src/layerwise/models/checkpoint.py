@@ -104,12 +104,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 
 
 def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str], dtype: torch.dtype | None, source: Path) -> Model:
-    """A model of that description with those tensors; `shared` says which names are another tensor's second name.
+    """A model of that description with those tensors themselves; `shared` says which names are another tensor's second name.
+
+    `tensors` is used up, so that weights which fill the memory are there once.
 
     Raises:
         BadInput: a tensor is missing, is not expected, or has another shape; or the description lacks something.
     """
-    tensors = tensors | {name: tensors[first] for name, first in shared.items() if first in tensors}
+    tensors |= {name: tensors[first] for name, first in shared.items() if first in tensors}
     try:
         with torch.device("meta"):
             model = make_model(spec)
@@ -122,8 +124,9 @@ def assemble(spec: ModelSpec, tensors: dict[str, Tensor], shared: dict[str, str]
     wrong = [f"{n} is {tuple(tensors[n].shape)}, expected {tuple(t.shape)}" for n, t in expected.items() if tensors[n].shape != t.shape]
     if wrong:
         raise BadInput(f"{source} does not fit its description: {wrong[0]}")
-    if dtype is not None:
-        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+    for name in list(tensors) if dtype is not None else ():
+        # One after the other: the tensors never exist twice.
+        tensors[name] = tensors[name].to(dtype) if tensors[name].is_floating_point() else tensors[name]
     model.load_state_dict(tensors, assign=True)
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     for name, first in shared.items():

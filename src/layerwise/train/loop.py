@@ -34,7 +34,7 @@ from layerwise.stack.context import Around
 from layerwise.stack.sharding import whole
 from layerwise.table import lookup
 from layerwise.train.checkpoint import Saver, load_state, optimizer_tensors, restore, restore_optimizer
-from layerwise.train.parallel import gathered, processes, shards, spread, summed, waiting
+from layerwise.train.parallel import dealt, gathered, processes, shards, spread, summed, waiting
 from layerwise.train.policies import POLICIES, Policy
 from layerwise.train.ranks import in_touch, join
 from layerwise.train.recompute import Recompute
@@ -157,7 +157,10 @@ def train(
     step_module: nn.Module = TrainStep(model, objective)
     policies = [lookup(POLICIES, p["name"], "policy")(**{k: v for k, v in p.items() if k != "name"}) for p in spec.policies]
     if shards(spec):
+        values = {n: t.detach() for n, t in model.state_dict().items()} if here.rank == 0 else {}
         step_module = spread(step_module, model, spec, accelerator.device, skips=False)
+        dealt(model, values, accelerator.device)
+        del values
     run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
     row = data.train.batch(torch.zeros(1, dtype=torch.long))
     objective.attach(model, {name: value.to(accelerator.device) for name, value in row.items()})

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from layerwise.models.checkpoint import assemble, origin_of, with_origin
-from layerwise.models.model import Model
+from layerwise.models.model import Model, make_model
+from layerwise.models.spec import model_spec, spec_data
 from layerwise.stack.depth import view
 from layerwise.stack.sharding import whole
 from layerwise.train.spec import TrainSpec
@@ -34,7 +35,7 @@ def shards(spec: TrainSpec) -> bool:
     return spec.parallel == "fsdp" and processes() > 1
 
 
-def shard(module: nn.Module, spec: TrainSpec, *, root: bool = False) -> None:
+def shard(module: nn.Module, spec: TrainSpec, device: torch.device, *, root: bool = False) -> None:
     """Cut a layer's parameters by rows over all processes; the whole ones are given up.
 
     In bfloat16 training, layers are gathered as bfloat16; what stands outside them (embedding, head: `root`) stays float32,
@@ -44,8 +45,7 @@ def shard(module: nn.Module, spec: TrainSpec, *, root: bool = False) -> None:
         return
     low = spec.precision == "bf16" and not root
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if low else MixedPrecisionPolicy()
-    device = next(module.parameters()).device.type
-    fully_shard(module, mesh=init_device_mesh("cuda" if device == "cuda" else "cpu", (processes(),)), mp_policy=policy)
+    fully_shard(module, mesh=init_device_mesh("cuda" if device.type == "cuda" else "cpu", (processes(),)), mp_policy=policy)
 
 
 def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.device, *, skips: bool) -> nn.Module:
@@ -58,8 +58,8 @@ def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.dev
         return step
     if shards(spec):
         for layer in dict.fromkeys(view(model).layers):
-            shard(layer, spec)
-        shard(step, spec, root=True)
+            shard(layer, spec, device)
+        shard(step, spec, device, root=True)
         return step
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(step, device_ids=ids, find_unused_parameters=skips)
@@ -80,6 +80,50 @@ def summed(values: list[float] | Tensor, device: torch.device) -> Tensor:
     if processes() > 1:
         dist.all_reduce(total)
     return total
+
+
+def outline(model: Model) -> dict[str, Any]:
+    """All that another process needs to lay the model out without values: plain data."""
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, held in _held(model):
+        if id(held) in first:
+            shared[name] = first[id(held)]
+        first.setdefault(id(held), name)
+    dtypes = {name: str(held.dtype).removeprefix("torch.") for name, held in _held(model)}
+    return {"spec": spec_data(model.spec), "shared": shared, "dtypes": dtypes}
+
+
+def outlined(data: dict[str, Any]) -> Model:
+    """The model of an `outline` on the meta device: shapes, no values. Sharded training gives each process its share of those."""
+    spec = model_spec(data["spec"])
+    with torch.device("meta"):
+        shapes = make_model(spec).state_dict()
+    tensors = {n: t.to(getattr(torch, data["dtypes"][n])) for n, t in shapes.items() if n not in data["shared"]}
+    return assemble(spec, tensors, data["shared"], None, Path("the leader's model"))
+
+
+def dealt(model: nn.Module, values: dict[str, Tensor], device: torch.device) -> None:
+    """Give a sharded model rank 0's values: of every tensor each process gets its rows, one tensor after the other.
+
+    Args:
+        model: sharded; its tensors may be on the meta device, except on rank 0.
+        values: rank 0's whole tensors by name; the others pass nothing.
+    """
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device)
+    done: set[int] = set()
+    for name, held in _held(model):
+        if id(held) in done:
+            continue
+        done.add(id(held))
+        full = values[name].to(device) if dist.get_rank() == 0 else torch.empty(held.shape, dtype=held.dtype, device=device)
+        with torch.no_grad():
+            if isinstance(held, DTensor):
+                held.to_local().copy_(distribute_tensor(full, held.device_mesh, held.placements, src_data_rank=0).to_local())
+            else:
+                dist.broadcast(full, 0)
+                held.copy_(full)
 
 
 def gathered(model: Model) -> Model:

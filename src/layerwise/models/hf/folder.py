@@ -44,9 +44,9 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     config = _config(folder)
     _check_sums(folder)
     family, spec = _described(folder, config)
-    theirs = read_tensors(folder, str(device))
     try:
-        spec, ours, carried = _ours(family, spec, _renamed(family, theirs, spec))
+        # Nothing else holds what is read: a tensor goes when ours are made of it.
+        spec, ours, carried = _ours(family, spec, _renamed(family, read_tensors(folder, str(device)), spec))
     except BadInput as error:
         raise BadInput(f"{folder} does not fit its config: {error}") from error
     model = assemble(spec, ours, dict(family.shared) | layer_ties(spec), dtype, folder)
