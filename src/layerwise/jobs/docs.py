@@ -44,7 +44,8 @@ def _measured(receipt: dict[str, Any] | None, claim: dict[str, Any]) -> str:
     difference = receipt["difference"]
     low, high = difference["ci95"] if difference and difference["ci95"] else (None, None)
     gap = f"{difference['mean']:+.4g} [{low:+.4g}, {high:+.4g}]" if low is not None else "-"
-    return f"{base['mean']:.4g} | {method['mean']:.4g} | {gap} | {len(method['values'])} | **{receipt['verdict']}**"
+    shown = [f"{arm['mean']:.4g}" if arm["mean"] is not None else "no value" for arm in (base, method)]
+    return f"{shown[0]} | {shown[1]} | {gap} | {len(method['values'])} | **{receipt['verdict']}**"
 
 
 def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] | None) -> str:
@@ -56,7 +57,7 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
         metric = receipt["claim"]["metric"]
         lines += [f"| variant | {metric} | std | seconds a seed | parameters |", "|---|---|---|---|---|"]
         for name, arm in receipt["variants"].items():
-            mean = f"{arm['mean']:.4g}" if arm["mean"] is not None else "diverged"
+            mean = f"{arm['mean']:.4g}" if arm["mean"] is not None else "no value"
             lines.append(f"| {name} | {mean} | {arm['std'] or 0:.2g} | {arm['seconds']:.0f} | {arm['params']:,} |")
         lines.append("")
         lines += [f"- {note}" for note in receipt.get("notes", [])]
