@@ -258,10 +258,34 @@ def test_noise_parts_equal_channels_and_stays_small() -> None:
     assert torch.equal(noisy["b"], torch.zeros(8))
 
 
+def test_without_noise_channels_that_tiling_made_equal_stay_equal() -> None:
+    """The card's trap: in a plain network equal channels have equal gradients for ever; noise parts them."""
+    ghn = _ghn(width=8, kernel=3)
+    network = nn.Sequential(
+        nn.Conv2d(1, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
+    target = Target.of(network, torch.zeros(2, 1, 8, 8))
+    batch = {"pixel_values": torch.rand(20, 1, 8, 8, generator=torch.Generator().manual_seed(0))}
+    labels = torch.arange(20) % 10
+    apart = []
+    for noise in (0.0, 1e-2):
+        start = with_noise(predict(ghn, [target.graph])[0], noise, torch.Generator().manual_seed(0))
+        weights = {name: p.detach().double().requires_grad_() for name, p in start.items()}
+        optimizer = torch.optim.SGD(list(weights.values()), lr=0.5)
+        for _ in range(5):
+            optimizer.zero_grad()
+            F.cross_entropy(target(weights, {"pixel_values": batch["pixel_values"].double()}), labels).backward()
+            optimizer.step()
+        apart.append((weights["0.weight"][:8] - weights["0.weight"][8:]).abs().max().item())
+    assert apart[0] < 1e-12
+    assert apart[1] > 1e-5
+
+
 def test_sizes_go_to_the_nearest_bin() -> None:
-    sizes = torch.tensor([0, 1, 2, 3, 10, 13, 5000])
-    found = nearest_bin(sizes, CHANNELS).tolist()
-    assert found == [0, 1, 1, 2, 3, 4, len(CHANNELS)]
+    sizes = torch.tensor([0, 1, 2, 3, 10, 13, 90000])
+    assert nearest_bin(sizes, CHANNELS).tolist() == [0, 1, 1, 2, 3, 4, len(CHANNELS)]
+    with_classes = _ghn().embedding.bins
+    assert nearest_bin(sizes, with_classes).tolist() == [0, 1, 1, 2, 4, 4, len(CHANNELS) + 1]
     assert shape4((1, 40, 8, 8)) == (1, 40, 8, 8)
     assert [shape4(s) for s in ((7,), (7, 5), (1, 9, 6), (7, 5, 3), ())] == [
         (7, 1, 1, 1),

@@ -77,7 +77,7 @@ class Model(nn.Module):
         super().__init__()
         self.spec = spec
         width = spec.stack.width
-        self.embedding = _embedding(spec.embedding, width, getattr(spec.stack, "layer", None))
+        self.embedding = _embedding(spec, width)
         self.stack = Stack(spec.stack)
         self.target = TokenEmbedding(spec.target, spec.decoder.width) if spec.target is not None and spec.decoder is not None else None
         self.decoder = Stack(spec.decoder) if spec.decoder is not None else None
@@ -269,9 +269,11 @@ def rebuilt(model: Model, spec: ModelSpec) -> Model:
     return new.train(model.training)
 
 
-def _embedding(spec: Any, width: int, layer: Any) -> nn.Module:
+def _embedding(whole: ModelSpec, width: int) -> nn.Module:
+    spec: Any = whole.embedding
     if isinstance(spec, GraphSpec):
-        return GraphEmbedding(spec, width, layer.heads)
+        layer: Any = whole.stack.layers[0]
+        return GraphEmbedding(spec, width, layer.heads, whole.head.classes if whole.head is not None else None)
     kinds = {PixelSpec: PixelEmbedding, StemSpec: StemEmbedding, WaveSpec: WaveEmbedding, MelSpec: MelEmbedding, PatchSpec: PatchEmbedding}
     return kinds.get(type(spec), TokenEmbedding)(spec, width)
 

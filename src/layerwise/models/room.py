@@ -34,7 +34,7 @@ def closed(spec: ModelSpec) -> ModelSpec:
         channels, (h, w) = embedding.channels or 3, embedding.size or (32, 32)
         embedding = dataclasses.replace(embedding, channels=channels, size=(h, w))
         stack = dataclasses.replace(stack, inputs=channels * h * w if embedding.flatten else channels)
-    if head is not None and head.kind == "classifier" and head.classes is None:
+    if head is not None and head.kind in ("classifier", "parameters") and head.classes is None:
         head = dataclasses.replace(head, classes=2)
     return dataclasses.replace(spec, embedding=embedding, stack=stack, head=head)
 

@@ -182,6 +182,8 @@ class ModelSpec:
             raise BadInput("nodes of a graph go to transformer layers that read its edges: set stack.layer.position to graph")
         if len({layer.heads for layer in layers}) > 1:
             raise BadInput("all layers share one bias for the edges of a graph, so they have the same number of heads")
+        if self.stack.width % 4 or self.stack.depth < 1:
+            raise BadInput(f"graphs need a stack of at least one layer and a width that is a multiple of 4; it is {self.stack.width}")
         if self.head is not None and not makes:
             raise BadInput(f"nodes of a graph become parameters: set head.kind to parameters (it is {self.head.kind})")
 
