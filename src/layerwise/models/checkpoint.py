@@ -203,8 +203,8 @@ def conversion(source: Path) -> str:
         first = min(p for p in folder.iterdir() if p.suffix in PICKLES) if source.is_dir() else source
         code = (
             "import sys, torch; from safetensors.torch import save_file; "
-            "found = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-            "save_file({n: t.clone() for n, t in found.items() if isinstance(t, torch.Tensor)}, sys.argv[2])"
+            'found = torch.load(sys.argv[1], "cpu", weights_only=True); '
+            "save_file({n: t.contiguous().clone() for n, t in found.items() if isinstance(t, torch.Tensor)}, sys.argv[2])"
         )
         files = [first, first.with_suffix(".safetensors")]
     return shlex.join(["python", "-c", code, *map(str, files)])
