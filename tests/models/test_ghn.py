@@ -1,6 +1,8 @@
 """GHN-3: tracing, and the exact checks of card 054."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import networkx as nx
 import pytest
@@ -343,3 +345,61 @@ def test_parts_that_do_not_go_together_are_refused(change, message: str) -> None
 
 def test_nodes_without_parameters_have_no_size() -> None:
     assert Node("sum", (1, 2)).size == (0, 0, 0, 0)
+
+
+def _wave(parameter, k: int, rise: float = 0.0) -> None:
+    numbers = torch.arange(parameter.numel(), dtype=torch.float64)
+    parameter.copy_((0.3 * torch.sin(0.7 * numbers + k)).view(parameter.shape) + rise)
+
+
+def _wave_attention(layer, k: int) -> int:
+    """The weights of the golden numbers, in the order of the published module; returns the next k."""
+    attention = layer.mixer.branch
+    _wave(layer.mixer.norm.weight, k, 1.0), _wave(layer.mixer.norm.bias, k + 1)
+    qkv = torch.empty(3 * attention.o.weight.shape[0], attention.o.weight.shape[0], dtype=torch.float64)
+    _wave(qkv, k + 2)
+    for linear, part in zip((attention.q, attention.k, attention.v), qkv.chunk(3), strict=True):
+        linear.weight.copy_(part)
+    _wave(attention.o.weight, k + 3), _wave(attention.o.bias, k + 4)
+    return k + 5
+
+
+def _wave_ffn(layer, k: int) -> int:
+    for i, parameter in enumerate((layer.ffn.norm.weight, layer.ffn.norm.bias, layer.ffn.branch.up.weight, layer.ffn.branch.up.bias, layer.ffn.branch.down.weight, layer.ffn.branch.down.bias)):  # fmt: skip
+        _wave(parameter, k + i, float(i == 0))
+    return k + 6
+
+
+@torch.no_grad()
+def test_nodes_and_filters_are_those_of_the_published_code() -> None:
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "ghn3.json").read_text())
+    layer = {"heads": 2, "position": "graph", "norm": "layernorm", "norm_eps": 1e-5, "ffn": "gelu", "ffn_width": 32, "out_bias": True, "ffn_bias": True}  # fmt: skip
+    spec = {
+        "embedding": {"kind": "graph"},
+        "stack": {"depth": 2, "width": 8, "layer": layer},
+        "head": {"kind": "parameters", "classes": 3, "kernel": 6},
+    }
+    ghn = build(model_spec(spec), 0).double().eval()
+    first, second = ghn.stack.layers
+    embedding, head = ghn.embedding, ghn.head
+    k = _wave_attention(first, 0)
+    for i, p in enumerate((embedding.edge.weight, embedding.edge_hidden.weight, embedding.edge_hidden.bias, embedding.edge_out.weight, embedding.edge_out.bias)):  # fmt: skip
+        _wave(p, k + i)
+    k = _wave_ffn(first, k + 5)
+    for i, table in enumerate((embedding.in_degree, embedding.out_degree, embedding.distance)):
+        _wave(table.weight, k + i)
+    k = _wave_ffn(second, _wave_attention(second, k + 3))
+    _wave(ghn.stack.norm.weight, k), _wave(ghn.stack.norm.bias, k + 1)
+    _wave(embedding.op.weight, 100)
+    embedding.channels.weight.zero_(), embedding.kernels.weight.zero_()
+    for i, linear in enumerate((head.spread, head.hidden, head.matrix, head.classes)):
+        _wave(linear.weight, 200 + 2 * i), _wave(linear.bias, 201 + 2 * i)
+    ops = ("input", "conv", "bn", "conv", "sum", "glob_avg", "conv")
+    inputs = ((), (0,), (1,), (2,), (2, 3), (4,), (5,))
+    nodes = ghn(graph_batch([Graph([Node(op, i) for op, i in zip(ops, inputs, strict=True)])])).hidden
+    expected = {name: torch.tensor(golden[name], dtype=torch.float64) for name in ("nodes", "filters", "large", "classes")}
+    torch.testing.assert_close(nodes.flatten(), expected["nodes"], rtol=1e-9, atol=1e-9)
+    chosen = nodes[0, [1, 3]]
+    torch.testing.assert_close(head.filters(chosen, 3, 3)[:, ::3, ::3].flatten(), expected["filters"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(head.filters(chosen[:1], 7, 7)[:, ::4, ::4].flatten(), expected["large"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(head._decoded("classifier", chosen).flatten(), expected["classes"], rtol=1e-9, atol=1e-9)

@@ -18,7 +18,7 @@ class ParameterHead(nn.Module):
     """Vectors of nodes to the tensors of the network they describe, each of its exact shape.
 
     Matrices and convolutions: Linear d -> 4d s s, ReLU, of which the centre kh x kw positions are used; at each of them Linear 4d -> 8d,
-    ReLU, Linear 8d -> d d, read as (d out, d in, kh, kw). What is larger is tiled along its channels and cut. A classifier is made of
+    ReLU, Linear 8d -> d d, read as (d out, d in, kh, kw). What has more channels is tiled along them and cut. A classifier is made of
     the 1x1 matrix by ReLU and a linear map over its output channels. Vectors: Linear d -> 2d, ReLU, Linear 2d -> 2d, a gain and a
     shift. All are then scaled, see `normalized`.
 
@@ -46,9 +46,11 @@ class ParameterHead(nn.Module):
                 linear.weight /= self.spec.shrink
 
     def filters(self, x: Float[Tensor, "k d"], rows: int, columns: int) -> Float[Tensor, "k d d rows columns"]:
-        """The convolutions of nodes before tiling and scaling, at most as large as `spec.kernel`."""
+        """The convolutions of nodes before tiling and scaling. Kernels larger than `spec.kernel` are the largest one, interpolated."""
         size = self.spec.kernel
-        rows, columns = min(rows, size), min(columns, size)
+        if max(rows, columns) > size:
+            largest = self.filters(x, min(rows, size), min(columns, size))
+            return F.interpolate(largest.flatten(0, 1), (rows, columns), mode="bilinear").unflatten(0, largest.shape[:2])
         top, left = size // 2 - rows // 2, size // 2 - columns // 2
         weight = self.spread.weight.view(4 * self.width, size, size, self.width)[:, top : top + rows, left : left + columns]
         bias = self.spread.bias.view(4 * self.width, size, size)[:, top : top + rows, left : left + columns]
