@@ -7,6 +7,8 @@ from typing import Any
 from layerwise.table import member
 
 EVALUATIONS = {
+    "early-exits": "layerwise.evaluate.exits:early_exits",
+    "self-speculation": "layerwise.evaluate.exits:self_speculation",
     "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",
     "composition": "layerwise.evaluate.experts:composition",
     "ghn-start": "layerwise.evaluate.ghn:ghn_start",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from layerwise.errors import BadInput
@@ -83,10 +83,15 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     """One token a row from (b, vocab) scores."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / temperature).softmax(dim=-1)
+    return torch.multinomial(probabilities(logits, temperature, top_p), 1, generator=generator).squeeze(1)
+
+
+def probabilities(logits: Float[Tensor, "b vocab"], temperature: float, top_p: float) -> Float[Tensor, "b vocab"]:
+    """What `sample` draws from at a temperature above 0."""
+    made = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
-        ordered, index = probabilities.sort(dim=-1, descending=True)
+        ordered, index = made.sort(dim=-1, descending=True)
         # A token stays while the mass before it is below top_p, so the most probable one always does.
         ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        probabilities = torch.zeros_like(probabilities).scatter(1, index, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        made = torch.zeros_like(made).scatter(1, index, ordered)
+    return made / made.sum(dim=-1, keepdim=True)

@@ -52,9 +52,14 @@ NEEDS_HEAD = {
     "ghn": "parameters",
     "ghn-start": "parameters",
     "layer-drop": "lm",
+    "early-exit-lm": "lm",
+    "early-exits": "lm",
+    "self-speculation": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",
 }
+CAUSAL = ("causal-lm", "language-modeling", "layer-drop", "block-drop", "block-sweep", "early-exit-lm", "early-exits", "self-speculation")
+"""Stages that score the next token."""
 
 
 def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Plan]:
@@ -210,7 +215,7 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
     have = spec.head.kind if spec.head is not None else "no"
     if have != need:
         raise BadInput(f"{stage.what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
-    if stage.what in ("causal-lm", "language-modeling", "layer-drop", "block-drop", "block-sweep") and not spec.causal:
+    if stage.what in CAUSAL and not spec.causal:
         raise BadInput(f"{stage.what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
     if stage.what == "masked-lm" and spec.causal:
         raise BadInput("masked-lm needs layers that see both sides; this model's are causal")

@@ -17,6 +17,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "classification": (),
     "deep-supervision": (),
     "distilled-masked-lm": (),
+    "early-exit-lm": (),
     "forward-forward": ("goodness_choice_accuracy",),
     "hidden-distillation": (),
     "logit-distillation": (),
@@ -53,9 +54,11 @@ ANALYSES: dict[str, tuple[str, ...]] = {
 EVALUATIONS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "error_rate", "loss", "*_accuracy"),
     "composition": ("mixed_val_loss", "this_val_loss", "other_val_loss"),
+    "early-exits": ("exit_loss", "val_loss", "exit_gap"),
     "embedding-agreement": ("cosine", "rank_agreement"),
     "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
     "masked-lm": ("val_loss", "perplexity"),
+    "self-speculation": ("speedup", "acceptance", "identical", "tokens_per_second"),
     "multiple-choice": ("accuracy", "accuracy_normalized", "gold_log_likelihood"),
 }
 

@@ -4,6 +4,7 @@ OBJECTIVES = {
     "deep-supervision": "layerwise.objectives.deep_supervision:DeepSupervision",
     "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
     "mono-forward": "layerwise.objectives.mono_forward:MonoForward",
+    "early-exit-lm": "layerwise.objectives.early_exit:EarlyExit",
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "ghn": "layerwise.objectives.ghn:GraphHyperNetwork",
     "masked-lm": "layerwise.objectives.language:MaskedLM",

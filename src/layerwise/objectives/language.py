@@ -32,6 +32,21 @@ def score_labels(model: Model, hidden: Tensor, labels: Tensor) -> Loss:
     return Loss(total, torch.tensor(len(labelled), device=total.device))
 
 
+def next_tokens(batch: Mapping[str, Any]) -> Tensor:
+    """(b, s - 1) what every position but the last is to predict; -100 where nothing counts."""
+    ids = batch["input_ids"]
+    labels = batch.get("labels")
+    if labels is None or labels.shape != ids.shape:
+        labels = ids
+        if (mask := batch.get("attention_mask")) is not None:
+            labels = labels.masked_fill(mask == 0, -100)
+    target = labels[:, 1:]
+    if (segments := batch.get("segment_ids")) is not None:
+        # The first token of a packed document has nothing before it that it could be predicted from.
+        target = target.masked_fill(segments[:, 1:] != segments[:, :-1], -100)
+    return target
+
+
 class CausalLM(Objective):
     """Predict every token from those before it; `labels`, if the batch has them, say which count (-100: not)."""
 
@@ -40,17 +55,7 @@ class CausalLM(Objective):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
         out = model(batch, **context)
-        ids = batch["input_ids"]
-        labels = batch.get("labels")
-        if labels is None or labels.shape != ids.shape:
-            labels = ids
-            if (mask := batch.get("attention_mask")) is not None:
-                labels = labels.masked_fill(mask == 0, -100)
-        target = labels[:, 1:]
-        if (segments := batch.get("segment_ids")) is not None:
-            # The first token of a packed document has nothing before it that it could be predicted from.
-            target = target.masked_fill(segments[:, 1:] != segments[:, :-1], -100)
-        return score_labels(out.model, out.hidden[:, :-1], target)
+        return score_labels(out.model, out.hidden[:, :-1], next_tokens(batch))
 
 
 class MaskedLM(Objective):

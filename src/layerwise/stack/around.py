@@ -19,10 +19,11 @@ class StochasticDepth:
 
     Args:
         rates: p for each layer; None reads `layer.spec.drop`.
+        scale: False leaves the branch as it is, as Elhoushi et al. 2024, "LayerSkip" (section 4.1.1), do.
     """
 
-    def __init__(self, rates: list[float] | None = None) -> None:
-        self.rates = rates
+    def __init__(self, rates: list[float] | None = None, *, scale: bool = True) -> None:
+        self.rates, self.scale = rates, scale
 
     def __call__(self, i: int, layer: Any, x: Float[Tensor, "b ..."], ctx: Context, call: Call) -> Tensor:
         rate = layer.spec.drop if self.rates is None else self.rates[i]
@@ -31,6 +32,8 @@ class StochasticDepth:
         kept = torch.nonzero(torch.rand(x.shape[0], device=x.device) >= rate).flatten()
         if not len(kept):
             return x
+        if not self.scale:
+            return x.index_copy(0, kept, call(x[kept], ctx.rows(kept)))
         inside = x[kept]
         change = (call(inside, ctx.rows(kept)) - inside) / (1 - rate)
         return x.index_add(0, kept, change)

@@ -36,7 +36,7 @@ class Context:
         segments: (b, s) document number of every position in a packed row; attention stays inside a document.
         memory: (b, m, width) what cross-attention looks at, and memory_mask (b, m), True where it is real.
         cache: keys and values of earlier positions.
-        path: the layers to run, in order; None runs each once. `[0, 1, 1, 3]` loops layer 1 and skips layer 2.
+        path: the layers to run, in order; None runs each once. `[0, 1, 1, 3]` loops layer 1 and skips layer 2. Or one path a row.
         around: callables that wrap every layer's call, outermost first.
         recorder: what to leave behind, see `layerwise.stack.record`.
         grid: (rows, columns) of an image's patches, where the positions are a class token and those.
@@ -49,7 +49,7 @@ class Context:
     memory: Float[Tensor, "b m width"] | None = None
     memory_mask: Bool[Tensor, "b m"] | None = None
     cache: Cache | None = None
-    path: Sequence[int] | None = None
+    path: Sequence[int] | Sequence[Sequence[int]] | None = None
     around: tuple[Around, ...] = ()
     recorder: Recorder | None = None
     grid: tuple[int, int] | None = None

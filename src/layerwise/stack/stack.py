@@ -12,11 +12,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from layerwise.errors import BadInput
+from layerwise.nn.cache import Slot
 from layerwise.nn.norms import fill_norm
 from layerwise.nn.positions import GridBias, RelativeBias
 from layerwise.stack.around import StochasticDepth
 from layerwise.stack.context import Around, Call, Context
 from layerwise.stack.layer import make_final_norm, make_layer
+from layerwise.stack.row_paths import run_row_paths
 from layerwise.stack.spec import StackSpec
 
 
@@ -53,13 +55,28 @@ class Stack(nn.Module):
         around = ctx.around
         if self.training and any(getattr(layer.spec, "drop", 0) for layer in self.layers):
             around = (*around, StochasticDepth())
+        path = range(self.depth) if ctx.path is None else ctx.path
+        if len(path) and not isinstance(path[0], int):
+            x = run_row_paths(partial(self._call, around=around), x, ctx, [self._checked(row) for row in path])  # type: ignore[arg-type]
+        else:
+            x = self._along(x, ctx, self._checked(path), around)  # type: ignore[arg-type]
+        return x if self.norm is None else self.norm(x)
+
+    def part(self, x: Float[Tensor, "b s width"], ctx: Context, path: Sequence[int]) -> Float[Tensor, "b s width"]:
+        """Part of the way: the layers of `path` in a pass that has begun (`ctx.begin`), without the final norm."""
+        return self._along(x, ctx, self._checked(path), ctx.around)
+
+    def _along(self, x: Tensor, ctx: Context, path: Sequence[int], around: tuple[Around, ...]) -> Tensor:
         visits: dict[int, int] = {}
-        for i in range(self.depth) if ctx.path is None else self._checked(ctx.path):
+        for i in path:
             slot = (i, visits.get(i, 0))
             visits[i] = slot[1] + 1
-            layer = self.layers[i]
-            x = _wrapped(i, layer, partial(layer, slot=slot), around)(x, ctx) if around else layer(x, ctx, slot)
-        return x if self.norm is None else self.norm(x)
+            x = self._call(slot, x, ctx, around)
+        return x
+
+    def _call(self, slot: Slot, x: Tensor, ctx: Context, around: tuple[Around, ...]) -> Tensor:
+        layer = self.layers[slot[0]]
+        return _wrapped(slot[0], layer, partial(layer, slot=slot), around)(x, ctx) if around else layer(x, ctx, slot)
 
     def _checked(self, path: Sequence[int]) -> Sequence[int]:
         bad = [i for i in path if not 0 <= i < self.depth]

@@ -1,0 +1,100 @@
+"""Leaving a language model early: what every depth predicts, and what that is worth in self-speculative decoding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.analyze.findings import Findings, Table
+from layerwise.errors import BadInput
+from layerwise.evaluate.batches import batches, inference, split_of
+from layerwise.infer.generate import generate
+from layerwise.infer.speculative import self_speculate
+from layerwise.models.model import Model
+from layerwise.objectives.early_exit import normed
+from layerwise.objectives.language import next_tokens, score_labels
+
+
+def early_exits(
+    model: Model, data: Any, *, at: int | None = None, split: str = "validation", batch: int = 16, batches_at_most: int | None = None
+) -> Findings:
+    """Next-token loss (nats) after every layer, through the final norm and the head.
+
+    Metrics: `exit_loss` after the first `at` layers (None: half of them), `val_loss` after all, `exit_gap` their ratio - 1.
+    """
+    depth = model.stack.depth
+    at = max(depth // 2, 1) if at is None else at
+    if not 1 <= at <= depth:
+        raise BadInput(f"at is a number of layers, 1 to {depth}; it is {at}")
+    total = torch.zeros(depth, dtype=torch.float64, device=model.device)
+    count = torch.zeros((), dtype=torch.long, device=model.device)
+    with inference(model):
+        for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+            target = next_tokens(rows)
+            hiddens = model(rows, hiddens=True).hiddens
+            losses = [score_labels(model, normed(model, h[:, :-1]), target) for h in hiddens or ()]
+            total += torch.stack([loss.total.double() for loss in losses])
+            count += losses[-1].count
+    losses_at = (total / count).tolist()
+    table = Table("Loss of an exit after each layer", ["layer", "loss"], [[i, loss] for i, loss in enumerate(losses_at)])
+    found = {"exit_loss": losses_at[at - 1], "val_loss": losses_at[-1], "exit_gap": losses_at[at - 1] / losses_at[-1] - 1}
+    return Findings(found, tables=[table])
+
+
+def self_speculation(
+    model: Model,
+    data: Any,
+    *,
+    exits: Sequence[int] = (2, 4),
+    drafts: Sequence[int] = (2, 4, 6),
+    split: str = "validation",
+    prompts: int = 4,
+    prompt: int = 32,
+    new: int = 64,
+) -> Findings:
+    """Greedy self-speculative decoding against ordinary cached decoding of the same prompts, one at a time, in turns.
+
+    Metrics: `speedup`, tokens a second over ordinary decoding's, for the fastest pair of exit and draft, which is named in a note;
+    its `acceptance`, share of drafted tokens that stayed; `identical`, share of all texts that are ordinary decoding's, token for
+    token (1 but for ties in the last bits of scores); `tokens_per_second` of ordinary decoding.
+    """
+    rows = next(batches(split_of(data, split), prompts, 1, model.device))["input_ids"][:, :prompt]
+    pairs = [(e, d) for e in exits for d in drafts]
+    plain = 0.0
+    seconds, accepted, drafted = dict.fromkeys(pairs, 0.0), dict.fromkeys(pairs, 0), dict.fromkeys(pairs, 0)
+    same = 0
+    generate(model, rows[:1], new=4)  # what is slow once only
+    for ids in rows.split(1):
+        text, spent = _timed(partial(generate, model, ids, new=new))
+        plain += spent
+        for e, d in pairs:
+            made, spent = _timed(partial(self_speculate, model, ids, exit_layer=e, draft=d, new=new))
+            seconds[e, d] += spent
+            accepted[e, d] += made.accepted
+            drafted[e, d] += made.drafted
+            same += int(torch.equal(made.ids, text))
+    best = min(pairs, key=lambda pair: seconds[pair])
+    share = {pair: accepted[pair] / max(drafted[pair], 1) for pair in pairs}
+    table = Table(
+        "Self-speculative decoding", ["exit", "draft", "acceptance", "speedup"], [[*p, share[p], plain / seconds[p]] for p in pairs]
+    )
+    found = {
+        "speedup": plain / seconds[best],
+        "acceptance": share[best],
+        "identical": same / (len(pairs) * len(rows)),
+        "tokens_per_second": len(rows) * new / plain,
+    }
+    return Findings(found, tables=[table], notes=[f"fastest: {best[0]} layers draft {best[1]} tokens"])
+
+
+def _timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    made = call()
+    if isinstance(made, Tensor) and made.is_cuda:
+        torch.cuda.synchronize()
+    return made, time.perf_counter() - began

@@ -1,0 +1,141 @@
+"""Self-speculative decoding: the first layers of a model draft, the others check the draft in one pass."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.evaluate.batches import inference
+from layerwise.infer.generate import probabilities, sample
+from layerwise.infer.paths import enter, exit_logits, resume
+from layerwise.models.heads import LMHead
+from layerwise.models.model import Model
+from layerwise.nn.cache import Cache
+
+
+class SelfSpeculation:
+    """One text under way.
+
+    Layers below `exit_layer` see every token once: their keys, values and outputs for the drafted tokens serve the check. Between
+    rounds the cache holds all tokens but the newest.
+
+    Source: Elhoushi et al. 2024, "LayerSkip", section 4.3 (arXiv 2404.16710); acceptance of samples as Leviathan et al. 2023, "Fast
+    Inference from Transformers via Speculative Decoding", algorithm 1.
+
+    Args:
+        ids: the prompt.
+        exit_layer: layers that draft, 1 to all. draft: tokens drafted a round; 0 is ordinary decoding.
+        temperature, top_p, seed: as in `layerwise.infer.generate`.
+
+    Attributes:
+        ids: prompt and continuation. drafted, accepted, rounds: counts so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        ids: Int[Tensor, "1 s"],
+        *,
+        exit_layer: int,
+        draft: int = 4,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        if not model.causal or model.decoder is not None or not isinstance(model.head, LMHead):
+            raise BadInput("self-speculation continues a text: it needs a causal decoder with a head of kind lm")
+        if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
+            raise BadInput(f"self-speculation continues one prompt at a time, ids of shape (1, length >= 1); got {tuple(ids.shape)}")
+        if not 1 <= exit_layer <= model.stack.depth or draft < 0:
+            raise BadInput(f"exit_layer is 1 to {model.stack.depth} and draft >= 0; got {exit_layer} and {draft}")
+        self.model, self.ids, self.exit_layer, self.draft = model, ids, exit_layer, draft
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator(device=ids.device).manual_seed(seed)
+        self.cache = Cache()
+        self.drafted = self.accepted = self.rounds = 0
+
+    def round(self, most: int | None = None, stop: int | None = None) -> Int[Tensor, "1 n"]:
+        """Draft, check, keep what holds; returns the new tokens, at least one and no more than `most`.
+
+        Args:
+            stop: no draft goes on behind this token.
+        """
+        model, depth = self.model, self.model.stack.depth
+        length = self.draft if most is None else min(self.draft, most - 1)
+        before = self.ids.shape[1]
+        fed = self.ids[:, self.cache.length :]
+        states, drafts, beliefs = [], [], []
+        for _ in range(length):
+            states.append(self._early(fed))
+            logits = exit_logits(model, states[-1][:, -1:])[:, 0]
+            fed = sample(logits, self.temperature, self.top_p, self.generator)[:, None]
+            drafts.append(fed)
+            if self.temperature:
+                beliefs.append(logits)
+            if stop is not None and int(fed) == stop:
+                break
+        states.append(self._early(fed))
+        x, ctx = resume(model, states, self.cache)
+        x = model.stack.part(x, ctx, range(self.exit_layer, depth))
+        logits = exit_logits(model, x[:, -len(drafts) - 1 :])[0]
+        draft = torch.cat(drafts, dim=1)[0] if drafts else self.ids[0, :0]
+        kept, last = self._sampled(draft, beliefs, logits) if self.temperature else self._greedy(draft, logits)
+        new = torch.cat([draft[:kept], last])[None]
+        self.cache.crop(before + kept)
+        self.ids = torch.cat([self.ids, new], dim=1)
+        self.rounds, self.drafted, self.accepted = self.rounds + 1, self.drafted + len(draft), self.accepted + kept
+        return new
+
+    def _early(self, ids: Tensor) -> Tensor:
+        x, ctx = enter(self.model, ids, self.cache)
+        return self.model.stack.part(x, ctx, range(self.exit_layer))
+
+    def _greedy(self, draft: Int[Tensor, " d"], logits: Float[Tensor, "d1 vocab"]) -> tuple[int, Tensor]:
+        """How many drafts are what the whole model says, and what it says behind them."""
+        said = logits.argmax(dim=-1)
+        kept = int((draft == said[:-1]).long().cumprod(dim=0).sum())
+        return kept, said[kept : kept + 1]
+
+    def _sampled(self, draft: Tensor, beliefs: list[Tensor], logits: Tensor) -> tuple[int, Tensor]:
+        """Draft x stays with probability min(1, p(x) / q(x)); the first that does not is drawn anew from max(0, p - q)."""
+        p = probabilities(logits, self.temperature, self.top_p)
+        if not len(draft):
+            return 0, self._draw(p[0])
+        q = probabilities(torch.cat(beliefs), self.temperature, self.top_p)
+        chance = (p[:-1] / q).gather(1, draft[:, None])[:, 0]
+        luck = torch.rand(len(draft), generator=self.generator, device=draft.device)
+        kept = int((luck < chance).long().cumprod(dim=0).sum())
+        return kept, self._draw(p[kept] if kept == len(draft) else (p[kept] - q[kept]).clamp(min=0))
+
+    def _draw(self, weights: Float[Tensor, " vocab"]) -> Int[Tensor, " 1"]:
+        return torch.multinomial(weights, 1, generator=self.generator)
+
+
+def self_speculate(
+    model: Model,
+    ids: Int[Tensor, "1 s"],
+    *,
+    exit_layer: int,
+    draft: int = 4,
+    new: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    seed: int = 0,
+) -> SelfSpeculation:
+    """Continue `ids` by up to `new` tokens, ending behind `stop`: greedily the text of `generate`, sampled a text from its distribution.
+
+    Returns:
+        The finished text in `.ids`, with `.accepted` of `.drafted` tokens in `.rounds`.
+    """
+    text = SelfSpeculation(model, ids, exit_layer=exit_layer, draft=draft, temperature=temperature, top_p=top_p, seed=seed)
+    end = ids.shape[1] + new
+    with inference(model):
+        while (left := end - text.ids.shape[1]) > 0:
+            made = text.round(left, stop)
+            if stop is not None and (found := (made[0] == stop).nonzero()).numel():
+                text.ids = text.ids[:, : text.ids.shape[1] - made.shape[1] + int(found[0]) + 1]
+                break
+    return text
