@@ -558,13 +558,22 @@ def test_layers_of_other_widths_are_named_and_what_the_format_cannot_hold_is_ref
         lw.export(lw.edit.quantize(_model(1), method="rtn"), tmp_path / "odd", format="gptq")
 
 
-def test_gptq_gives_the_numbers_of_its_authors_code():
-    golden = json.loads((Path(__file__).parents[1] / "golden" / "gptq.json").read_text())
+def _golden(name):
+    return json.loads((Path(__file__).parents[1] / "golden" / f"{name}.json").read_text())
+
+
+def _formulas():
+    """A matrix and inputs that no generator draws: what the authors' code was run on."""
     at = torch.arange(8 * 32, dtype=torch.float64)
     w = torch.sin(at * 1.7 + 0.3 * at.sqrt()).view(8, 32).float()
     at = torch.arange(96 * 32, dtype=torch.float64)
     x = torch.cos(at * 0.37 + at.pow(1.5) * 0.01).view(96, 32)
-    x = (x + 0.6 * x.roll(1, 1) + 0.3 * x.roll(3, 0)).float() * torch.linspace(0.5, 2, 32)
+    return w, (x + 0.6 * x.roll(1, 1) + 0.3 * x.roll(3, 0)).float() * torch.linspace(0.5, 2, 32)
+
+
+def test_gptq_gives_the_numbers_of_its_authors_code():
+    golden = _golden("gptq")
+    w, x = _formulas()
     moments = Moments(32)
     moments.add(x.view(4, 24, 32))
     torch.testing.assert_close(moments.hessian[3], torch.tensor(golden["hessian_row"]), atol=2e-4, rtol=1e-4)
@@ -573,3 +582,15 @@ def test_gptq_gives_the_numbers_of_its_authors_code():
         options = {key: case[key] for key in ("symmetric", "clip", "act_order")}
         codes, grid = gptq(w, moments.hessian, case["bits"], case["group"], **options, stored=torch.float32)
         torch.testing.assert_close(grid.values(codes), torch.tensor(case["rounded"]), atol=2e-5, rtol=1e-5)
+
+
+def test_the_correction_gives_the_numbers_of_its_authors_code():
+    golden = _golden("qep")
+    w, x = _formulas()
+    full = x + 0.2 * torch.sin(3 * x).roll(2, 1)
+    moments = Moments(32)
+    moments.add(x.view(4, 24, 32), None, full.view(4, 24, 32))
+    torch.testing.assert_close(moments.cross[3], torch.tensor(golden["cross_row"]), atol=2e-4, rtol=1e-3)
+    made = corrected(w, moments.hessian, moments.cross, golden["strength"], golden["damping"])
+    torch.testing.assert_close(made, torch.tensor(golden["corrected"]), atol=1e-5, rtol=1e-4)
+    assert (made - w).abs().max() > 1e-3
