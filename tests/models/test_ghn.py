@@ -325,6 +325,16 @@ def test_edit_gives_a_model_predicted_weights(tmp_path) -> None:
         lw.edit.ghn_initialize(model, ghn=str(tmp_path / "other"))
 
 
+def test_without_its_classifier_a_network_for_other_classes_gets_the_same_weights() -> None:
+    ghn, spec = _ghn(), _architectures()[0]
+    other = dataclasses.replace(spec, head=dataclasses.replace(spec.head, classes=37))
+    (ours,), (theirs,) = (predict(ghn, [target_of(s).graph], classifier=False) for s in (spec, other))
+    assert ours.keys() == theirs.keys() == {n for n in target_of(spec).graph.parameters if not n.startswith("head.")}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (whole,) = predict(ghn, [target_of(other).graph])
+    assert whole["head.out.weight"].shape[0] == 37
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -128,8 +128,10 @@ def predict(ghn: Any, graphs: Sequence[Graph], *, classifier: bool = True) -> li
 
     Args:
         ghn: a model with an embedding of kind graph and a head of kind parameters.
+        classifier: predict what makes the scores too. Otherwise it is read as if it had the classes that the hypernetwork was trained on,
+            which is how networks for other classes are started.
     """
-    hidden = ghn(graph_batch(graphs, ghn.device)).hidden
+    hidden = ghn(graph_batch(graphs, ghn.device, None if classifier else ghn.head.spec.classes)).hidden
     return ghn.head(hidden, graphs, classifier)
 
 

@@ -107,8 +107,12 @@ def shortest_paths(edges: Bool[Tensor, "n n"], cutoff: int) -> Int[Tensor, "n n"
     return found.masked_fill(found > min(cutoff, n), 0)
 
 
-def graph_batch(graphs: Sequence[Graph], device: torch.device | str = "cpu", cutoff: int = CUTOFF) -> dict[str, Tensor]:
-    """Graphs side by side, the smaller ones padded: `graph_ops` (b, n), `graph_sizes` (b, n, 4), `graph_paths` (b, n, n), `graph_mask` (b, n)."""
+def graph_batch(graphs: Sequence[Graph], device: torch.device | str = "cpu", classes: int | None = None) -> dict[str, Tensor]:
+    """Graphs side by side, the smaller ones padded: `graph_ops` (b, n), `graph_sizes` (b, n, 4), `graph_paths` (b, n, n), `graph_mask` (b, n).
+
+    Args:
+        classes: show every classifier as if it made so many scores (None: as many as it does).
+    """
     n = max(len(graph.nodes) for graph in graphs)
     ops = torch.zeros(len(graphs), n, dtype=torch.long)
     sizes = torch.zeros(len(graphs), n, 4, dtype=torch.long)
@@ -118,7 +122,9 @@ def graph_batch(graphs: Sequence[Graph], device: torch.device | str = "cpu", cut
         k = len(graph.nodes)
         ops[i, :k] = torch.tensor([PRIMITIVES.index(node.op) for node in graph.nodes])
         sizes[i, :k] = torch.tensor([node.size for node in graph.nodes])
-        paths[i, :k, :k] = graph.paths(cutoff)
+        if classes is not None:
+            sizes[i, [j for j, node in enumerate(graph.nodes) if any(p.name in graph.classifier for p in node.parameters)], 0] = classes
+        paths[i, :k, :k] = graph.paths()
         mask[i, :k] = True
     made = {"graph_ops": ops, "graph_sizes": sizes, "graph_paths": paths, "graph_mask": mask}
     return {name: tensor.to(device) for name, tensor in made.items()}
