@@ -56,6 +56,16 @@ def test_memory_and_operations_are_those_of_a_real_step(train):
     assert found.optimizer == state_bytes(optimizer)
 
 
+def test_a_masked_objective_scores_its_share():
+    shape = {"stack": {"depth": 2, "width": 48, "layer": {"heads": 4}}, "head": {"kind": "lm"}}
+    few, most = (
+        estimate_job(read_job(_job(train="masked-lm", options={"rate": rate}).model_dump() | {"model": {"preset": "encoder", **shape}}))[0]
+        for rate in (0.25, 0.75)
+    )
+    head = 3 * 2 * 48 * 262 + 2 * 48 * 48  # of a scored position: the vocabulary's gradients are made in the forward pass; a dense layer
+    assert most.forward_flops - few.forward_flops == 0.5 * head
+
+
 def test_shards_and_replicas():
     one, ddp = estimate_job(_job())[0], estimate_job(_job(), gpus=4)[0]
     fsdp = estimate_job(_job(parallel="fsdp"), gpus=4)[0]

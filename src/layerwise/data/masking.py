@@ -31,7 +31,7 @@ def mask_tokens(
     draw = torch.rand(ids.shape, device=ids.device, generator=generator)
     chosen = ordinary & (draw < rate)
     # A batch without any label has no loss: the ordinary token with the smallest draw is always chosen.
-    first = draw.masked_fill(~ordinary, 2.0).flatten().argmin()
+    first = draw.masked_fill(~ordinary, 2.0).flatten().argmin().view(1)
     chosen.view(-1)[first] |= ordinary.view(-1)[first]
     labels = ids.masked_fill(~chosen, -100)
     how = torch.rand(ids.shape, device=ids.device, generator=generator)

@@ -6,6 +6,7 @@ counted is the code that will run, and a model larger than this machine is no tr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from layerwise.models.load import described
 from layerwise.models.model import make_model
 from layerwise.models.spec import ModelSpec
 from layerwise.objectives import OBJECTIVES
+from layerwise.objectives.language import MaskedLM
 from layerwise.optim.memory import state_formula, trained_sizes
 from layerwise.stack.depth import view
 from layerwise.table import lookup, unknown
@@ -190,9 +192,10 @@ class _Step:
 def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) -> _Step:
     """One forward and backward pass over `rows` rows, without values."""
     shapes = _batch(spec, data, rows, tokens)
-    with FakeTensorMode(allow_non_fake_inputs=True), _EveryPosition(), torch.random.fork_rng(devices=[]):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.random.fork_rng(devices=[]), contextlib.ExitStack() as modes:
         model = make_model(spec).train()
         objective = lookup(OBJECTIVES, train.objective, "objective")(data, **train.options)
+        modes.enter_context(_Scored(rows * tokens, objective.rate if isinstance(objective, MaskedLM) else 1.0))
         parameters = [*model.parameters(), *objective.parameters()]
         layers = [_bytes(list(layer.parameters())) for layer in view(model).layers]
         depth = (model.decoder or model.stack).depth
@@ -221,12 +224,18 @@ def _batch(spec: ModelSpec, data: Any, rows: int, tokens: int) -> dict[str, tupl
     return batch
 
 
-class _EveryPosition(TorchFunctionMode):
-    """Without values nobody can say where a mask is set: it is taken to be set everywhere, which is what language models do."""
+class _Scored(TorchFunctionMode):
+    """Without values nobody can say where a mask is set: of a mask over all `positions` the `share` that a masked objective scores, else all."""
+
+    def __init__(self, positions: int, share: float) -> None:
+        super().__init__()
+        self.positions, self.share = positions, share
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (Tensor.nonzero, torch.nonzero):
-            return torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.long)
+            count = args[0].numel()
+            found = round(count * self.share) if count == self.positions else count
+            return torch.zeros(found, args[0].dim(), dtype=torch.long)
         return func(*args, **(kwargs or {}))
 
 

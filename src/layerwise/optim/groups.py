@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from layerwise.errors import BadInput
 from layerwise.optim import OPTIMIZERS
@@ -62,7 +63,9 @@ def make_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimiz
     check_options(spec)
     kind = lookup(OPTIMIZERS, spec.name, "optimizer")
     options = dict(spec.options)
-    if "fused" in inspect.signature(kind).parameters and not options.get("foreach"):
+    # PyTorch's fused SGD knows no sharded tensors; its fused Adam does.
+    shards_of_sgd = spec.name == "sgd" and any(isinstance(p, DTensor) for p in model.parameters())
+    if "fused" in inspect.signature(kind).parameters and not options.get("foreach") and not shards_of_sgd:
         options.setdefault("fused", True)
     groups = parameter_groups(model, spec, by_role=getattr(kind, "by_role", False))
     for group in groups:

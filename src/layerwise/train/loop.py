@@ -158,7 +158,7 @@ def train(
     policies = [lookup(POLICIES, p["name"], "policy")(**{k: v for k, v in p.items() if k != "name"}) for p in spec.policies]
     if shards(spec):
         values = {n: t.detach() for n, t in model.state_dict().items()} if here.rank == 0 else {}
-        step_module = spread(step_module, model, spec, accelerator.device, skips=False)
+        step_module = spread(step_module, model, spec, accelerator.device)
         dealt(model, values, accelerator.device)
         del values
     run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
@@ -169,8 +169,7 @@ def train(
     for policy in policies:
         policy.start(run)
     run.optimizer = make_optimizer(step_module, spec.optimizer)
-    skips = any(policy.around for policy in policies) or any(getattr(layer.spec, "drop", 0) for layer in model.stack.layers)
-    wrapped = step_module if shards(spec) else spread(step_module, model, spec, accelerator.device, skips=skips)
+    wrapped = step_module if shards(spec) else spread(step_module, model, spec, accelerator.device)
     window = _Window()
     if folder is not None:
         _resume(folder, run, step_module, policies, window)
@@ -299,6 +298,8 @@ class _Loop:
             with waiting(self.module, i < spec.accumulate - 1):
                 with self.accelerator.autocast():
                     loss = self.module(batch, self.generator, around)
+                if loss.applied and self.world > 1:
+                    raise BadInput(f"{spec.objective} makes its gradients layer by layer, which processes cannot exchange: use one process")
                 if not loss.applied:
                     (loss.total / (loss.count.clamp(min=1) if alone else usual)).backward()
             counted = loss.count if counted is None else counted + loss.count

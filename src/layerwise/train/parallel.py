@@ -6,6 +6,7 @@ Sources: Li et al. 2020, "PyTorch Distributed" (DDP); Zhao et al. 2023, "PyTorch
 from __future__ import annotations
 
 import contextlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,10 @@ def shard(module: nn.Module, spec: TrainSpec, device: torch.device, *, root: boo
     fully_shard(module, mesh=init_device_mesh("cuda" if device.type == "cuda" else "cpu", (processes(),)), mp_policy=policy)
 
 
-def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.device, *, skips: bool) -> nn.Module:
+def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.device) -> nn.Module:
     """`step` (model and objective as one module) ready to run on every process.
 
-    Args:
-        skips: layers may be skipped in a step, so their parameters get no gradient.
+    A step may leave parameters out: skipped layers, a mask token, a head. Replicas look for them in every step; shards need not.
     """
     if processes() == 1:
         return step
@@ -62,7 +62,8 @@ def spread(step: nn.Module, model: nn.Module, spec: TrainSpec, device: torch.dev
         shard(step, spec, device, root=True)
         return step
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(step, device_ids=ids, find_unused_parameters=skips)
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    return DistributedDataParallel(step, device_ids=ids, find_unused_parameters=True)
 
 
 def waiting(module: nn.Module, wait: bool) -> contextlib.AbstractContextManager[Any]:
