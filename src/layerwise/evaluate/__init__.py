@@ -7,6 +7,7 @@ from typing import Any
 from layerwise.table import member
 
 EVALUATIONS = {
+    "chain-search": "layerwise.evaluate.chains:chain_search",
     "early-exits": "layerwise.evaluate.exits:early_exits",
     "self-speculation": "layerwise.evaluate.exits:self_speculation",
     "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",

@@ -46,6 +46,7 @@ NEEDS_HEAD = {
     "distilled-masked-lm": "lm",
     "language-modeling": "lm",
     "classification": "classifier",
+    "chain-search": "classifier",
     "deep-supervision": "classifier",
     "forward-forward": "classifier",
     "mono-forward": "classifier",

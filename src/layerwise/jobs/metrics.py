@@ -54,6 +54,16 @@ ANALYSES: dict[str, tuple[str, ...]] = {
 EVALUATIONS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "error_rate", "loss", "*_accuracy"),
     "composition": ("mixed_val_loss", "this_val_loss", "other_val_loss"),
+    "chain-search": (
+        "oracle_accuracy",
+        "accuracy",
+        "kept_shorter",
+        "corrected",
+        "path_length",
+        "distinct_layers",
+        "evaluations",
+        "usage_entropy",
+    ),
     "early-exits": ("exit_loss", "val_loss", "exit_gap"),
     "embedding-agreement": ("cosine", "rank_agreement"),
     "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
