@@ -235,7 +235,7 @@ def generate(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="FROM")],
     target: Annotated[Path, typer.Argument(metavar="TO")],
-    to: Annotated[str, typer.Option("--to", help="hf or layerwise.")] = "hf",
+    to: Annotated[str, typer.Option("--to", help="hf, gptq or layerwise.")] = "hf",
     dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Turn a checkpoint into another format: ours into Hugging Face's, Hugging Face's into ours."""

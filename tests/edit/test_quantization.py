@@ -23,6 +23,7 @@ from layerwise.edit.quantization.rotation import hadamard, orthogonal, rotated
 from layerwise.edit.quantization.scaling import scale_layer
 from layerwise.edit.quantization.tokens import attention_received, token_weights
 from layerwise.errors import BadInput
+from layerwise.jobs.inspection import convert_checkpoint
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
@@ -552,6 +553,9 @@ def test_layers_of_other_widths_are_named_and_what_the_format_cannot_hold_is_ref
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert settings["bits"] == 4 and settings["dynamic"] == {r"-:.*layers\.1\..*": {}, r"+:.*layers\.2\..*": {"bits": 2}}
     assert "model.layers.1.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
+    lw.save(mixed, tmp_path / "ours")
+    again = convert_checkpoint(tmp_path / "ours", tmp_path / "converted", to="gptq")
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(BadInput, match="edit: quantize"):
         lw.export(model, tmp_path / "dense", format="gptq")
     with pytest.raises(BadInput, match="multiples of 32"):

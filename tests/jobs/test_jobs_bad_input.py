@@ -625,7 +625,7 @@ def test_output_below_a_file_is_refused(tmp_path: Path) -> None:
         (["inspect", "no/such"], r"error: there is no folder no/such"),
         (["generate", "no/such", "a"], r"error: .*no/such"),
         (["convert", "no/such", "there"], r"error: there is no folder no/such"),
-        (["convert", "no/such", "there", "--to", "gguf"], r"error: --to is hf or layerwise; got 'gguf'"),
+        (["convert", "no/such", "there", "--to", "gguf"], r"error: --to is hf, gptq or layerwise; got 'gguf'"),
         (["generate", "x", "a", "--path", "0,one"], r"error: --path takes numbers"),
         (["generate", "x", "a", "--top-p", "7"], r"top.p"),
         (["generate", "x", "a", "--new", "0"], r"--new"),

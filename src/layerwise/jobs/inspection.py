@@ -25,9 +25,7 @@ from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.check import check_device
 from layerwise.jobs.receipt import Receipt
 from layerwise.jobs.run import filled
-from layerwise.models.checkpoint import save
-from layerwise.models.hf import export_hf
-from layerwise.models.load import load_any
+from layerwise.models.load import export, load_any
 from layerwise.models.model import Model, build, rebuilt
 from layerwise.models.presets import PRESETS, preset
 from layerwise.models.spec import model_spec
@@ -147,8 +145,8 @@ def continue_text(source: str, prompt: str, *, device: str = "cpu", **options: A
 
 def convert_checkpoint(source: Path, target: Path, *, to: str = "hf", dtype: str | None = None) -> Path:
     """A checkpoint in another format; the tokenizer goes along."""
-    if to not in ("hf", "layerwise"):
-        raise BadInput(f"--to is hf or layerwise; got '{to}'")
+    if to not in ("hf", "gptq", "layerwise"):
+        raise BadInput(f"--to is hf, gptq or layerwise; got '{to}'")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise BadInput(f"--dtype is float32, bfloat16 or float16; got '{dtype}'")
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
@@ -156,7 +154,7 @@ def convert_checkpoint(source: Path, target: Path, *, to: str = "hf", dtype: str
     model = load_any(source, dtype=getattr(torch, dtype) if dtype else None)
     file = _tokenizer_file(str(source))
     tokenizer = read_tokenizer(str(file)) if file else None
-    return export_hf(model, target, tokenizer=tokenizer) if to == "hf" else save(model, target, tokenizer=tokenizer)
+    return export(model, target, format=to, tokenizer=tokenizer)
 
 
 def diagnosis() -> dict[str, str]:
