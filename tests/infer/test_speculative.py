@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
+from layerwise.edit.linears import quantize_nf4
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate, probabilities
 from layerwise.infer.paths import generate_along
@@ -172,3 +173,13 @@ def test_refusals():
         model({"input_ids": ROWS}, path=PATHS, cache=Cache())
     with pytest.raises(BadInput, match="give one for each"):
         generate_along(model, ROWS, [[0]])
+
+
+def test_a_quantized_model_drafts_for_itself():
+    data = preset("decoder")
+    data["stack"] |= {"depth": 3, "width": 64, "init_std": 0.1}
+    data["stack"]["layer"] |= {"heads": 2}
+    data["embedding"] = {"vocab": 40}
+    model = quantize_nf4(build(model_spec(data), 0)).double().eval()
+    plain = generate(model, PROMPT, new=12)
+    assert torch.equal(self_speculate(model, PROMPT, exit_layer=1, draft=3, new=12).ids, plain)

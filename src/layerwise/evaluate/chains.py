@@ -12,7 +12,7 @@ from torch import Tensor
 from layerwise.analyze.findings import Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
-from layerwise.infer.chain_search import Moves, Path, RandomSearch, TreeSearch, search, shortest
+from layerwise.infer.chain_search import Moves, Path, RandomSearch, TreeSearch, pareto, search, shortest
 from layerwise.models.model import Model
 
 
@@ -86,8 +86,12 @@ def _summary(rewards: list[dict[Path, float]], right: list[bool], depth: int, la
         lost = [path for path, ok in zip(found, right, strict=True) if not ok]
         metrics |= {"kept_shorter": sum(p is not None and len(p) < depth for p in kept) / len(kept)} if kept else {}
         metrics |= {"corrected": sum(p is not None for p in lost) / len(lost)} if lost else {}
+    fronts: list[list[Any]] = []
+    for i, row in enumerate(rewards[:10]):
+        fronts += [[i, row[path], len(path), " ".join(map(str, path))] for path in pareto(row)]
+    tables = [Table("Best paths of the first questions, by length", ["question", "reward", "calls", "path"], fronts)]
     if not paths:
-        return Findings(metrics)
+        return Findings(metrics, tables=tables)
     metrics |= {"path_length": sum(map(len, paths)) / len(paths), "distinct_layers": sum(len(set(p)) for p in paths) / len(paths)}
     uses = Counter(i for path in paths for i in path)
     shares = [uses[i] / max(uses.total(), 1) for i in range(depth)]
@@ -96,4 +100,5 @@ def _summary(rewards: list[dict[Path, float]], right: list[bool], depth: int, la
     for i in range(depth):
         within = [path.count(i) for path in paths if i in path]
         lines.append([i, 1 - len(within) / len(paths), sum(within) / len(within) if within else 0.0, shares[i]])
-    return Findings(metrics, tables=[Table("Shortest chains found", ["layer", "skipped", "calls where used", "share of calls"], lines)])
+    usage = Table("Shortest chains found", ["layer", "skipped", "calls where used", "share of calls"], lines)
+    return Findings(metrics, tables=[usage, *tables])
