@@ -29,10 +29,9 @@ JOB: dict[str, Any] = {
     "model": {"preset": "decoder", "stack": {"depth": 3, "width": 16, "layer": {"heads": 2}}},
     "stages": {
         "fit": TRAIN | {"policies": [{"name": n} for n in ("gradient-norms", "layer-cost", "ledger", "rotation")]},
-        **{name: {"analyze": name} for name in ANALYSES if name not in ("block-drop", "block-sweep", "weight-sizes")},
+        **{name: {"analyze": name} for name in metrics.ANALYSES if name not in ("block-drop", "block-sweep", "bits-curve")},
         "block-drop": {"analyze": "block-drop", "count": 1},
         "block-sweep": {"analyze": "block-sweep", "lengths": [1], "samples": 8},
-        "weight-sizes": {"analyze": "weight-sizes"},
         "language-modeling": {"evaluate": "language-modeling", "batches_at_most": 1},
         "embedding-agreement": {"evaluate": "embedding-agreement", "other": "stage:fit", "batches_at_most": 2},
         "out": {"export": "hf"},
