@@ -86,12 +86,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return torch.multinomial(probabilities(logits, temperature, top_p), 1, generator=generator).squeeze(1)
 
 
-def probabilities(logits: Float[Tensor, "b vocab"], temperature: float, top_p: float) -> Float[Tensor, "b vocab"]:
+def probabilities(logits: Float[Tensor, "... vocab"], temperature: float, top_p: float) -> Float[Tensor, "... vocab"]:
     """What `sample` draws from at a temperature above 0."""
     made = (logits.float() / temperature).softmax(dim=-1)
     if top_p < 1:
         ordered, index = made.sort(dim=-1, descending=True)
         # A token stays while the mass before it is below top_p, so the most probable one always does.
         ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered >= top_p, 0.0)
-        made = torch.zeros_like(made).scatter(1, index, ordered)
+        made = torch.zeros_like(made).scatter(-1, index, ordered)
     return made / made.sum(dim=-1, keepdim=True)

@@ -16,7 +16,7 @@ from layerwise.nn.cache import Cache
 
 
 class SelfSpeculation:
-    """One text under way.
+    """Texts of one length under way, drafted and checked together; a round keeps as many drafts as hold in every one.
 
     Layers below `exit_layer` see every token once: their keys, values and outputs for the drafted tokens serve the check. Between
     rounds the cache holds all tokens but the newest.
@@ -25,7 +25,7 @@ class SelfSpeculation:
     Inference from Transformers via Speculative Decoding", algorithm 1.
 
     Args:
-        ids: the prompt.
+        ids: prompts without padding.
         exit_layer: layers that draft, 1 to all. draft: tokens drafted a round; 0 is ordinary decoding.
         temperature, top_p, seed: as in `layerwise.infer.generate`.
 
@@ -36,7 +36,7 @@ class SelfSpeculation:
     def __init__(
         self,
         model: Model,
-        ids: Int[Tensor, "1 s"],
+        ids: Int[Tensor, "b s"],
         *,
         exit_layer: int,
         draft: int = 4,
@@ -46,8 +46,8 @@ class SelfSpeculation:
     ) -> None:
         if not model.causal or model.decoder is not None or not isinstance(model.head, LMHead):
             raise BadInput("self-speculation continues a text: it needs a causal decoder with a head of kind lm")
-        if ids.dim() != 2 or ids.shape[0] != 1 or not ids.shape[1]:
-            raise BadInput(f"self-speculation continues one prompt at a time, ids of shape (1, length >= 1); got {tuple(ids.shape)}")
+        if ids.dim() != 2 or not ids.shape[1]:
+            raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
         if not 1 <= exit_layer <= model.stack.depth or draft < 0:
             raise BadInput(f"exit_layer is 1 to {model.stack.depth} and draft >= 0; got {exit_layer} and {draft}")
         self.model, self.ids, self.exit_layer, self.draft = model, ids, exit_layer, draft
@@ -56,12 +56,8 @@ class SelfSpeculation:
         self.cache = Cache()
         self.drafted = self.accepted = self.rounds = 0
 
-    def round(self, most: int | None = None, stop: int | None = None) -> Int[Tensor, "1 n"]:
-        """Draft, check, keep what holds; returns the new tokens, at least one and no more than `most`.
-
-        Args:
-            stop: no draft goes on behind this token.
-        """
+    def round(self, most: int | None = None) -> Int[Tensor, "b n"]:
+        """Draft, check, keep what holds; returns the new tokens, at least one and no more than `most`."""
         model, depth = self.model, self.model.stack.depth
         length = self.draft if most is None else min(self.draft, most - 1)
         before = self.ids.shape[1]
@@ -72,50 +68,55 @@ class SelfSpeculation:
             logits = exit_logits(model, states[-1][:, -1:])[:, 0]
             fed = sample(logits, self.temperature, self.top_p, self.generator)[:, None]
             drafts.append(fed)
-            if self.temperature:
-                beliefs.append(logits)
-            if stop is not None and int(fed) == stop:
-                break
+            beliefs.append(logits)
         states.append(self._early(fed))
         x, ctx = resume(model, states, self.cache)
         x = model.stack.part(x, ctx, range(self.exit_layer, depth))
-        logits = exit_logits(model, x[:, -len(drafts) - 1 :])[0]
-        draft = torch.cat(drafts, dim=1)[0] if drafts else self.ids[0, :0]
+        logits = exit_logits(model, x[:, -length - 1 :])
+        draft = torch.cat(drafts, dim=1) if drafts else self.ids[:, :0]
         kept, last = self._sampled(draft, beliefs, logits) if self.temperature else self._greedy(draft, logits)
-        new = torch.cat([draft[:kept], last])[None]
+        new = torch.cat([draft[:, :kept], last], dim=1)
         self.cache.crop(before + kept)
         self.ids = torch.cat([self.ids, new], dim=1)
-        self.rounds, self.drafted, self.accepted = self.rounds + 1, self.drafted + len(draft), self.accepted + kept
+        self.rounds, self.drafted, self.accepted = self.rounds + 1, self.drafted + draft.numel(), self.accepted + kept * len(draft)
         return new
 
     def _early(self, ids: Tensor) -> Tensor:
         x, ctx = enter(self.model, ids, self.cache)
         return self.model.stack.part(x, ctx, range(self.exit_layer))
 
-    def _greedy(self, draft: Int[Tensor, " d"], logits: Float[Tensor, "d1 vocab"]) -> tuple[int, Tensor]:
-        """How many drafts are what the whole model says, and what it says behind them."""
+    def _greedy(self, draft: Int[Tensor, "b d"], logits: Float[Tensor, "b d1 vocab"]) -> tuple[int, Tensor]:
+        """How many drafts are in every row what the whole model says, and what it says behind them."""
         said = logits.argmax(dim=-1)
-        kept = int((draft == said[:-1]).long().cumprod(dim=0).sum())
-        return kept, said[kept : kept + 1]
+        kept = int((draft == said[:, :-1]).long().cumprod(dim=1).sum(dim=1).min())
+        return kept, said[:, kept : kept + 1]
 
-    def _sampled(self, draft: Tensor, beliefs: list[Tensor], logits: Tensor) -> tuple[int, Tensor]:
-        """Draft x stays with probability min(1, p(x) / q(x)); the first that does not is drawn anew from max(0, p - q)."""
+    def _sampled(self, draft: Int[Tensor, "b d"], beliefs: list[Tensor], logits: Float[Tensor, "b d1 vocab"]) -> tuple[int, Tensor]:
+        """Draft x stays with probability min(1, p(x) / q(x)); the first that does not is drawn anew from max(0, p - q).
+
+        A row that would keep more than another has its next draft as the next token, which is what it accepted there.
+        """
         p = probabilities(logits, self.temperature, self.top_p)
-        if not len(draft):
-            return 0, self._draw(p[0])
-        q = probabilities(torch.cat(beliefs), self.temperature, self.top_p)
-        chance = (p[:-1] / q).gather(1, draft[:, None])[:, 0]
-        luck = torch.rand(len(draft), generator=self.generator, device=draft.device)
-        kept = int((luck < chance).long().cumprod(dim=0).sum())
-        return kept, self._draw(p[kept] if kept == len(draft) else (p[kept] - q[kept]).clamp(min=0))
+        if not draft.shape[1]:
+            return 0, self._draw(p[:, 0])
+        q = probabilities(torch.stack(beliefs, dim=1), self.temperature, self.top_p)
+        chance = (p[:, :-1] / q).gather(2, draft[..., None])[..., 0]
+        luck = torch.rand(draft.shape, generator=self.generator, device=draft.device)
+        each = (luck < chance).long().cumprod(dim=1).sum(dim=1, keepdim=True)
+        kept = int(each.min())
+        if kept == draft.shape[1]:
+            return kept, self._draw(p[:, kept])
+        accepts = each > kept
+        rest = torch.where(accepts, p[:, kept], (p[:, kept] - q[:, kept]).clamp(min=0))
+        return kept, torch.where(accepts, draft[:, kept : kept + 1], self._draw(rest))
 
-    def _draw(self, weights: Float[Tensor, " vocab"]) -> Int[Tensor, " 1"]:
+    def _draw(self, weights: Float[Tensor, "b vocab"]) -> Int[Tensor, "b 1"]:
         return torch.multinomial(weights, 1, generator=self.generator)
 
 
 def self_speculate(
     model: Model,
-    ids: Int[Tensor, "1 s"],
+    ids: Int[Tensor, "b s"],
     *,
     exit_layer: int,
     draft: int = 4,
@@ -125,17 +126,22 @@ def self_speculate(
     stop: int | None = None,
     seed: int = 0,
 ) -> SelfSpeculation:
-    """Continue `ids` by up to `new` tokens, ending behind `stop`: greedily the text of `generate`, sampled a text from its distribution.
+    """Continue `ids` by up to `new` tokens, `stop` filling rows it has ended: greedily the texts of `generate`, sampled, texts from its distribution.
 
     Returns:
-        The finished text in `.ids`, with `.accepted` of `.drafted` tokens in `.rounds`.
+        The finished texts in `.ids`, with `.accepted` of `.drafted` tokens in `.rounds`.
     """
     text = SelfSpeculation(model, ids, exit_layer=exit_layer, draft=draft, temperature=temperature, top_p=top_p, seed=seed)
-    end = ids.shape[1] + new
+    start, end = ids.shape[1], ids.shape[1] + new
     with inference(model):
         while (left := end - text.ids.shape[1]) > 0:
-            made = text.round(left, stop)
-            if stop is not None and (found := (made[0] == stop).nonzero()).numel():
-                text.ids = text.ids[:, : text.ids.shape[1] - made.shape[1] + int(found[0]) + 1]
+            text.round(left)
+            if stop is not None and bool((text.ids[:, start:] == stop).any(dim=1).all()):
                 break
+    if stop is not None:
+        before = (text.ids[:, start:] == stop).long().cumsum(dim=1)
+        before[:, 1:] = before[:, :-1].clone()
+        before[:, 0] = 0
+        text.ids[:, start:].masked_fill_(before > 0, stop)
+        text.ids = text.ids[:, : start + int((before == 0).sum(dim=1).max())]
     return text
