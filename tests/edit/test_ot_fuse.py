@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment, linprog
 
-from layerwise.edit.merge.transport import ot_fuse, transport_map, transport_plan
+from layerwise.edit.merging.transport import ot_fuse, transport_map, transport_plan
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.spec import model_spec

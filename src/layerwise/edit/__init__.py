@@ -10,7 +10,7 @@ from typing import Any
 from layerwise.table import member
 
 EDITS = {
-    "ot-fuse": "layerwise.edit.merge.transport:ot_fuse",
+    "ot-fuse": "layerwise.edit.merging.transport:ot_fuse",
     "binarize": "layerwise.edit.binary:binarize",
     "classifier-head": "layerwise.edit.head:classifier_head",
     "prune-magnitude": "layerwise.edit.prune.magnitude:prune_magnitude",
@@ -31,7 +31,7 @@ EDITS = {
 }
 
 PREVIEWS = {
-    "ot-fuse": "layerwise.edit.merge.transport:preview_fuse",
+    "ot-fuse": "layerwise.edit.merging.transport:preview_fuse",
     "binarize": "layerwise.edit.binary:preview_binarize",
     "classifier-head": "layerwise.edit.head:preview_classifier",
     "prune-magnitude": "layerwise.edit.prune.magnitude:preview_prune",
