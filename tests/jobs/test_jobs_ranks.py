@@ -34,10 +34,19 @@ def job(tmp_path: Path, verses: Path) -> Path:
     return path
 
 
-def _start(processes: int, *arguments: object, script: tuple[object, ...] = ("-m", "layerwise.cli")) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+)
+
+
+def _start(
+    processes: int, *arguments: object, script: tuple[object, ...] = ("-m", "layerwise.cli"), launcher: tuple[str, ...] = TORCHRUN
+) -> subprocess.Popen:
+    launcher = launcher if processes > 1 else ()
     command = [sys.executable, *launcher, *map(str, (*script, *arguments))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERWISE_CACHE": "off"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERWISE_CACHE": "off", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -52,7 +61,8 @@ def _weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_whole_job_on_two_processes_is_the_job_on_one(job: Path, tmp_path: Path):
-    together = _start(2, "run", job, "--out", tmp_path / "two")
+    """Started by accelerate, whose launcher is torchrun underneath; the other tests start torchrun itself."""
+    together = _start(2, "run", job, "--out", tmp_path / "two", launcher=ACCELERATE)
     told = _done(together)
     _done(_start(1, "run", job, "--out", tmp_path / "one", "--quiet"))
     assert told.count("report: ") == 1 and told.count("healed (evaluate)") == 1
