@@ -44,8 +44,11 @@ def test_bad_questions_are_named(model, text, tmp_path):
         multiple_choice(model, text, file=str(path))
     with pytest.raises(BadInput, match="cannot be read"):
         multiple_choice(model, text, file=str(tmp_path / "none"))
-    with pytest.raises(BadInput, match="pair 1"):
-        log_likelihoods(model, [([1], [2]), ([1], [])])
+    for at in (0, 1):
+        pairs = [([1], [2]), ([1], [2])]
+        pairs[at] = ([1], [])
+        with pytest.raises(BadInput, match=f"pair {at}"):
+            log_likelihoods(model, pairs)
 
 
 @pytest.mark.slow

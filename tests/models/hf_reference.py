@@ -7,6 +7,9 @@ import transformers
 from torch import nn
 from torch.nn import functional as F
 
+from layerwise.models.checkpoint import load, save
+from layerwise.models.hf import export_hf, import_hf
+
 SMALL = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 
 
@@ -56,6 +59,24 @@ def config_of(folder):
     """What transformers makes of a folder's config, less what says who wrote it."""
     found = transformers.AutoConfig.from_pretrained(folder).to_dict()
     return {k: v for k, v in found.items() if k not in ("transformers_version", "_name_or_path")}
+
+
+def goes_and_comes_back(folder, kind, through_ours):
+    """A folder of theirs in and out again: every tensor and the config as they were, and `kind` loads it. Returns what it loads.
+
+    Args:
+        through_ours: by way of our own format.
+    """
+    model = import_hf(folder)
+    if through_ours:
+        model = load(save(model, folder.with_name("ours")))
+    back = export_hf(model, folder.with_name("back"))
+    before, after = tensors_of(folder), tensors_of(back)
+    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
+    assert config_of(back) == config_of(folder)
+    loaded, info = kind.from_pretrained(back, output_loading_info=True)
+    assert not any(info.values())
+    return loaded.eval()
 
 
 def change_config(folder, **changes):

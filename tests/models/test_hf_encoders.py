@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hf_reference import SMALL, config_of, in_double, random_model, tensors_of
+from hf_reference import SMALL, config_of, goes_and_comes_back, in_double, random_model, tensors_of
 from safetensors.torch import save_file
 
 import layerwise as lw
@@ -117,17 +117,9 @@ def test_token_types_are_read(tmp_path):
 
 @pytest.mark.parametrize("through_ours", [False, True])
 def test_there_and_back_is_the_identity(theirs, tmp_path, through_ours):
-    model = import_hf(tmp_path / "theirs")
-    if through_ours:
-        model = load(save(model, tmp_path / "ours"))
-    back = export_hf(model, tmp_path / "back")
-    before, after = tensors_of(tmp_path / "theirs"), tensors_of(back)
-    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
-    assert config_of(back) == config_of(tmp_path / "theirs")
-    loaded, info = type(theirs).from_pretrained(back, output_loading_info=True)
-    assert not any(info.values())
+    loaded = goes_and_comes_back(tmp_path / "theirs", type(theirs), through_ours)
     with torch.no_grad():
-        assert all(torch.equal(a, b) for a, b in zip(loaded.eval()(IDS)[:1], theirs(IDS)[:1], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(loaded(IDS)[:1], theirs(IDS)[:1], strict=True))
 
 
 def test_an_edited_model_is_written_with_what_it_carried(tmp_path):

@@ -6,13 +6,12 @@ import json
 import pytest
 import torch
 import transformers as T
-from hf_reference import change_config, config_of, random_model, tensors_of
+from hf_reference import change_config, goes_and_comes_back, random_model, tensors_of
 from safetensors.torch import save_file
 from torch import nn
 
 import layerwise as lw
 from layerwise.errors import BadInput
-from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import FAMILIES, export_hf, import_hf
 from layerwise.models.model import build
 from layerwise.table import lookup
@@ -122,15 +121,7 @@ def test_every_layer_and_the_logits_are_equal(case, tmp_path, dtype, tolerance):
 @pytest.mark.parametrize("through_ours", [False, True])
 def test_there_and_back_is_the_identity(case, tmp_path, through_ours):
     _, theirs = case
-    model = import_hf(tmp_path / "theirs")
-    if through_ours:
-        model = load(save(model, tmp_path / "ours"))
-    back = export_hf(model, tmp_path / "back")
-    before, after = tensors_of(tmp_path / "theirs"), tensors_of(back)
-    assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
-    assert config_of(back) == config_of(tmp_path / "theirs")
-    _, info = type(theirs).from_pretrained(back, output_loading_info=True)
-    assert not any(info.values())
+    goes_and_comes_back(tmp_path / "theirs", type(theirs), through_ours)
 
 
 def test_a_model_without_an_origin_is_written_just_the_same(case, tmp_path):

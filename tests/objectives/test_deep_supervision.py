@@ -9,6 +9,8 @@ from layerwise.models.spec import model_spec
 from layerwise.objectives.classification import Classification
 from layerwise.objectives.deep_supervision import DeepSupervision, companion_weight
 from layerwise.objectives.hinge import multiclass_hinge, one_vs_all_hinge
+from layerwise.optim.groups import parameter_groups
+from layerwise.optim.spec import OptimizerSpec
 from layerwise.train.loop import train
 from layerwise.train.spec import TrainSpec
 
@@ -122,3 +124,13 @@ def test_what_cannot_be_is_refused(text):
         DeepSupervision().attach(decoder, {"input_ids": torch.zeros(1, 4, dtype=torch.long)})
     with pytest.raises(BadInput, match="layers names layer 9"):
         DeepSupervision(layers=[9]).attach(_cnn(), BATCH)
+
+
+def test_norms_of_read_outs_are_added_and_companions_have_a_learning_rate_of_their_own():
+    model = _cnn()
+    with_decay, without = (_attached(model, alpha=0.0, decay=d)(model, BATCH).mean for d in (0.3, 0.0))
+    torch.testing.assert_close(with_decay - without, 0.3 * model.head.out.weight.square().sum())
+    objective = _attached(model, alpha=1.0, readout_lr=0.001)
+    groups = parameter_groups(torch.nn.ModuleList([model, objective]), OptimizerSpec("sgd", 1.0))
+    scale_of = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    assert {scale_of[id(p)] for p in objective.parameters()} == {0.001} and {scale_of[id(p)] for p in model.parameters()} == {1.0}

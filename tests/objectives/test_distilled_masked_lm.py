@@ -7,8 +7,8 @@ import layerwise as lw
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
-from layerwise.objectives.binary import DistilledMaskedLM
 from layerwise.objectives.language import MaskedLM
+from layerwise.objectives.masked_distill import DistilledMaskedLM
 
 
 def _model(vocab, seed=0):

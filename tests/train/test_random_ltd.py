@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
+from layerwise.analyze.cost import Operations
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.spec import model_spec
@@ -175,3 +176,27 @@ def test_it_trains_and_says_what_it_saved(text):
         RandomLTD().start(SimpleNamespace(model=_model(depth=2), data=None))
     with pytest.raises(BadInput, match="keeps 64 tokens of rows that have 16"):
         _policy(_model(), keep=64)
+
+
+def test_a_dropping_layer_costs_its_share_of_operations():
+    """Check 8: (r/s)^2 of attention, r/s of everything else."""
+    model = _model(depth=3)
+
+    def cost(kept, only):
+        policy, _ = _policy(model, keep=kept, full_at=0.0, increment=1)
+        seen = []
+
+        def count(i, layer, x, ctx, call):
+            with Operations() as operations:
+                made = call(x, ctx)
+            seen.append(operations.total)
+            return made
+
+        model({"input_ids": IDS}, around=(*policy.around, count))
+        return seen[only]
+
+    with_attention = {r: cost(r, 1) for r in (4, 8, 16)}
+    scores = {r: 2 * 2 * 3 * r * r * 16 for r in (4, 8, 16)}  # two products, rows, pairs, width
+    for r in (4, 8):
+        assert with_attention[r] - scores[r] == (with_attention[16] - scores[16]) * r / 16
+    assert cost(4, 0) == cost(16, 0), "the first layer sees all tokens"

@@ -20,8 +20,8 @@ ADAM = {"steps": 5, "checkpoint_every": 2, "optimizer": {"name": "adamw", "lr": 
 FSDP = {"parallel": "fsdp"}
 
 
-def _run(verses: Path, out: Path, ranks: int, cases: dict[str, dict]) -> list[str]:
-    out.mkdir(exist_ok=True)
+def launched(ranks: int, command: list[str]) -> list[str]:
+    """What so many processes of a command say."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +31,6 @@ def _run(verses: Path, out: Path, ranks: int, cases: dict[str, dict]) -> list[st
         if ranks > 1:
             here |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             here |= {"WORLD_SIZE": str(ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        command = [sys.executable, str(SCRIPT), str(verses), str(out), json.dumps(cases)]
         processes.append(subprocess.Popen(command, env=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     told = []
     for process in processes:
@@ -39,6 +38,11 @@ def _run(verses: Path, out: Path, ranks: int, cases: dict[str, dict]) -> list[st
         assert process.returncode == 0, errors[-2000:]
         told.append(said)
     return told
+
+
+def _run(verses: Path, out: Path, ranks: int, cases: dict[str, dict]) -> list[str]:
+    out.mkdir(exist_ok=True)
+    return launched(ranks, [sys.executable, str(SCRIPT), str(verses), str(out), json.dumps(cases)])
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +111,12 @@ def test_resumed_on_another_number_of_processes(made: Path):
         # The loss is logged as a sum in single precision over a window that was interrupted.
         assert other.pop("found.train_loss").item() == pytest.approx(never["found.train_loss"].item(), rel=1e-6)
         _close({name: value for name, value in never.items() if name != "found.train_loss"}, other, rtol=1e-9, atol=1e-11)
+
+
+def test_a_sharded_start_takes_one_share_and_one_tensor(tmp_path: Path):
+    """Only rank 0 holds the whole model when training begins; the other gets its rows, one tensor after the other."""
+    script = Path(__file__).with_name("sharded_start.py")
+    told = launched(2, [sys.executable, str(script), str(tmp_path)])
+    assert sum("one process" in text for text in told) == 2, "an objective that differentiates inside its forward pass is refused at once"
+    whole, largest, taken = (int(n) for n in (tmp_path / "rank-1").read_text().split())
+    assert taken < whole / 2 + 2 * largest + 0.1 * whole

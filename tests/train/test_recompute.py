@@ -10,7 +10,7 @@ from layerwise.models.spec import model_spec
 from layerwise.objectives.language import CausalLM
 from layerwise.stack.around import StochasticDepth
 from layerwise.train.loop import compiled
-from layerwise.train.recompute import Recompute
+from layerwise.train.recompute import Recompute, recomputing
 
 IDS = torch.randint(0, 97, (4, 24), generator=torch.Generator().manual_seed(0))
 
@@ -75,3 +75,39 @@ def test_compiled_layers_have_the_same_gradients_with_recomputation_and_a_path()
     for name in plain:  # the rotary angles are float32, and fused ones are rounded elsewhere
         torch.testing.assert_close(whole[name], plain[name], rtol=1e-5, atol=1e-8)
         torch.testing.assert_close(again[name], plain[name], rtol=1e-5, atol=1e-8)
+
+
+def _pair():
+    data = preset("encoder-decoder")
+    for side in ("stack", "decoder"):
+        data[side] |= {"depth": 3, "width": 32}
+        data[side]["layer"] |= {"heads": 2, "dropout": 0.2}
+    return build(model_spec(data | {"embedding": {"vocab": 97}}), 0).double().train()
+
+
+def _pair_gradients(model, **context):
+    torch.manual_seed(3)
+    model.zero_grad()
+    model({"input_ids": IDS, "decoder_input_ids": IDS.flip(1)}, **context).logits.square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_both_sides_of_an_encoder_decoder_are_recomputed():
+    model = _pair()
+    plain = _pair_gradients(model)
+    wrappers = recomputing(model, True)
+    assert set(wrappers) == {"around", "source_around"} and not recomputing(model, False)
+    for name, gradient in _pair_gradients(model, **wrappers).items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-12, atol=1e-14)
+
+    def kept(**context):
+        return saved_bytes(lambda: model({"input_ids": IDS, "decoder_input_ids": IDS}, **context).hidden, model.parameters())
+
+    assert kept(**wrappers) < kept(around=wrappers["around"]) < kept()
+
+
+def test_both_sides_of_an_encoder_decoder_are_compiled():
+    model = _pair()
+    with compiled(model, True):
+        assert all("forward" in layer.__dict__ for stack in (model.stack, model.decoder) for layer in stack.layers)
+    assert not any("forward" in layer.__dict__ for stack in (model.stack, model.decoder) for layer in stack.layers)

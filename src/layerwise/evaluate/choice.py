@@ -29,7 +29,7 @@ def log_likelihoods(model: Model, pairs: Sequence[Pair], *, batch: int = 16) -> 
     """
     if not isinstance(model.head, LMHead) or not model.causal:
         raise BadInput("log-likelihoods of continuations need a causal model with a head of kind lm")
-    if empty := next((i for i, (a, b) in enumerate(pairs) if not len(a) or not len(b)), None):
+    if (empty := next((i for i, (a, b) in enumerate(pairs) if not len(a) or not len(b)), None)) is not None:
         raise BadInput(f"pair {empty}: a context and a continuation have at least one token each")
     # Rows of like length together: little padding.
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))

@@ -182,7 +182,9 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
     for key in train.optimizer.depth_lr:
         indices(key, spec.stack.depth)
     for chosen in () if isinstance(train.recompute, bool) else train.recompute:
-        indices(chosen, (spec.decoder or spec.stack).depth)
+        for stack in (spec.stack, spec.decoder):
+            if stack is not None:
+                indices(chosen, stack.depth)
     if train.recompute and isinstance(spec.stack, PlainStackSpec) and any(layer.norm == "batch" for layer in spec.stack.layers):
         raise BadInput("recompute: batch norms would count every batch twice in their running statistics; leave recompute out")
     policies = []

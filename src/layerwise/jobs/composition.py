@@ -17,7 +17,7 @@ from layerwise.data.load import Data, load_data
 from layerwise.errors import BadInput
 from layerwise.files import write_file
 from layerwise.jobs.check import check_job
-from layerwise.jobs.run import filled
+from layerwise.jobs.fill import filled
 from layerwise.jobs.schema import read_job
 from layerwise.models.model import build
 from layerwise.models.spec import ModelSpec

@@ -60,7 +60,7 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
             mean = f"{arm['mean']:.4g}" if arm["mean"] is not None else "no value"
             lines.append(f"| {name} | {mean} | {arm['std'] or 0:.2g} | {arm['seconds']:.0f} | {arm['params']:,} |")
         lines.append("")
-        lines += [f"- {note}" for note in receipt.get("notes", [])]
+    lines += [f"- {note}" for note in job.get("notes", [])]
     return "\n".join(lines) + "\n"
 
 

@@ -28,7 +28,7 @@ from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.check import rehearsed
-from layerwise.jobs.run import filled
+from layerwise.jobs.fill import filled
 from layerwise.jobs.schema import Job, Plan
 from layerwise.models.load import described
 from layerwise.models.model import make_model
@@ -38,7 +38,7 @@ from layerwise.objectives.language import MaskedLM
 from layerwise.optim.memory import state_formula, trained_sizes
 from layerwise.stack.depth import view
 from layerwise.table import lookup, unknown
-from layerwise.train.recompute import Recompute
+from layerwise.train.recompute import recomputing
 from layerwise.train.spec import TrainSpec
 
 
@@ -198,13 +198,11 @@ def _step(train: TrainSpec, spec: ModelSpec, data: Any, rows: int, tokens: int) 
         modes.enter_context(_Scored(rows * tokens, objective.rate if isinstance(objective, MaskedLM) else 1.0))
         parameters = [*model.parameters(), *objective.parameters()]
         layers = [_bytes(list(layer.parameters())) for layer in view(model).layers]
-        depth = (model.decoder or model.stack).depth
-        context = {"around": (Recompute(train.recompute, depth),)} if train.recompute else {}
         with Operations() as operations, SavedTensors(parameters) as saved:
             with torch.autocast("cpu", torch.bfloat16, enabled=train.precision == "bf16"):
                 batch = {n: torch.zeros(s, dtype=d) for n, (s, d) in shapes.items()}
                 try:
-                    loss = objective(model, batch, torch.Generator().manual_seed(0), **context)
+                    loss = objective(model, batch, torch.Generator().manual_seed(0), **recomputing(model, train.recompute))
                 except DataDependentOutputException as error:
                     raise BadInput(f"{train.objective} cannot be estimated: what it computes depends on values; run a few steps") from error
             forward = operations.total

@@ -23,8 +23,8 @@ from layerwise.errors import BadInput
 from layerwise.infer.generate import generate
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.check import check_device
+from layerwise.jobs.fill import filled
 from layerwise.jobs.receipt import Receipt
-from layerwise.jobs.run import filled
 from layerwise.models.load import export, load_any
 from layerwise.models.model import Model, build, rebuilt
 from layerwise.models.presets import PRESETS, preset

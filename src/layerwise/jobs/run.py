@@ -20,12 +20,13 @@ import yaml
 from layerwise.analyze.cost import size
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
-from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput, Diverged, LayerwiseError
 from layerwise.files import CHECKSUMS, check_folder, digest, sha256, whole_folder, write_file, write_json
 from layerwise.jobs.cache import Result, StageCache, cache_folder, code_version
 from layerwise.jobs.check import check_fits, check_job
 from layerwise.jobs.console import Progression
+from layerwise.jobs.difference import differences
+from layerwise.jobs.fill import filled
 from layerwise.jobs.journal import LOCK, Journal, Silent, claimed, read_lines
 from layerwise.jobs.meter import metered
 from layerwise.jobs.reach import final, reached
@@ -37,8 +38,7 @@ from layerwise.jobs.yamlfile import read_yaml
 from layerwise.models.checkpoint import load, save
 from layerwise.models.load import load_any
 from layerwise.models.model import Model, build
-from layerwise.models.plain_spec import PlainStackSpec
-from layerwise.models.spec import ModelSpec, spec_data
+from layerwise.models.spec import spec_data
 from layerwise.report.page import write_report
 from layerwise.train.loop import Listener
 from layerwise.train.parallel import outline, outlined
@@ -124,21 +124,6 @@ def _refuse_links(run: Path) -> None:
     for path in sorted(run.rglob("*")):
         if path.is_symlink():
             raise BadInput(f"{path} is a symbolic link; a run folder has none: replace it by what it leads to")
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Where two pieces of plain data differ, as `a.b: 1 -> 2`."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
-        return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))]
-    return [f"{path}: {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = "nothing" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass
@@ -231,7 +216,7 @@ class _Runner:
     def _say_changes(self, job: dict[str, Any]) -> None:
         """What was changed in the job file since it ran last."""
         before = [line["content"] for line in read_lines(self.out / "events.jsonl") if isinstance(line.get("content"), dict)]
-        changes = _differences(before[-1], job) if before else []
+        changes = differences(before[-1], job) if before else []
         if changes:
             self.progression.say(f"  job.yaml was changed: {'; '.join(changes[:8])}{'; ...' if len(changes) > 8 else ''}")
 
@@ -449,36 +434,6 @@ def _same(source: Path, target: Path) -> bool:
         return (source / CHECKSUMS).read_text() == (target / CHECKSUMS).read_text()
     except (BadInput, OSError):
         return False
-
-
-def filled(spec: ModelSpec, data: Data) -> ModelSpec:
-    """A model's description with what the data decides: vocabulary, image size, number of classes."""
-    if data.vocab is not None:
-        spec = spec.with_vocab(data.vocab)
-        if isinstance(spec.embedding, TokenSpec) and (spec.embedding.vocab or 0) < data.vocab:
-            raise BadInput(f"model.embedding.vocab is {spec.embedding.vocab}, but the tokenizer has {data.vocab} tokens: leave vocab out")
-    embedding, stack, head = spec.embedding, spec.stack, spec.head
-    if isinstance(embedding, TokenSpec) and embedding.table == "glyphs" and not embedding.strings and data.tokenizer is not None:
-        strings = tuple(data.tokenizer.id_to_token(i) or " " for i in range(embedding.vocab or 0))
-        embedding = dataclasses.replace(embedding, strings=strings)
-    if isinstance(embedding, PixelSpec | PatchSpec | StemSpec | GraphSpec):
-        if data.kind != "images":
-            raise BadInput(f"the model reads images but the data is {data.kind}")
-        assert data.size is not None and data.channels is not None
-        embedding = dataclasses.replace(embedding, channels=data.channels, size=data.size)
-        if isinstance(stack, PlainStackSpec):
-            inputs = data.channels * data.size[0] * data.size[1] if getattr(embedding, "flatten", False) else data.channels
-            inputs = embedding.width if isinstance(embedding, StemSpec) else inputs
-            stack = dataclasses.replace(stack, inputs=inputs)
-    elif not isinstance(embedding, TokenSpec):
-        raise BadInput(f"the model reads sound but the data is {data.kind}")
-    elif data.kind != "text":
-        raise BadInput(f"the model reads text but the data is {data.kind}")
-    if head is not None and head.kind in ("classifier", "parameters") and head.classes is None:
-        if data.classes is None:
-            raise BadInput("a classifier needs data with labels, or model.head.classes")
-        head = dataclasses.replace(head, classes=data.classes)
-    return dataclasses.replace(spec, embedding=embedding, stack=stack, head=head)
 
 
 def _spoken(result: Result) -> str:

@@ -26,7 +26,7 @@ from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
-from layerwise.stack.context import PAD, Context
+from layerwise.stack.context import PAD, Around, Context
 from layerwise.stack.stack import Stack
 from layerwise.table import lookup
 
@@ -112,7 +112,14 @@ class Model(nn.Module):
         return next(self.parameters()).device
 
     def forward(
-        self, batch: Mapping[str, Any], *, hiddens: bool = False, cache: Cache | None = None, memory: Tensor | None = None, **context: Any
+        self,
+        batch: Mapping[str, Any],
+        *,
+        hiddens: bool = False,
+        cache: Cache | None = None,
+        memory: Tensor | None = None,
+        source_around: tuple[Around, ...] = (),
+        **context: Any,
     ) -> Output:
         """Run the model.
 
@@ -126,6 +133,7 @@ class Model(nn.Module):
             hiddens: keep every layer's output in `Output.hiddens`.
             cache: keys and values of earlier positions (of the decoder, in an encoder-decoder).
             memory: the encoder's output, when it is known already.
+            source_around: what wraps the layers of an encoder-decoder's encoder; `around` wraps those of its decoder.
             context: further fields of `Context`: `path`, `around`, `recorder`, `condition`, ...
 
         Returns:
@@ -144,7 +152,7 @@ class Model(nn.Module):
             return Output(hidden, self, mask, tuple(kept) or None, ends=self._ends(batch))
         mask = self._source_mask(batch)
         if memory is None:
-            memory, _ = self._run(self.embedding, self.stack, batch, None, {})
+            memory, _ = self._run(self.embedding, self.stack, batch, None, {"around": source_around})
         target = {"input_ids": batch["decoder_input_ids"], "attention_mask": batch.get("decoder_attention_mask")}
         context |= {"memory": memory, "memory_mask": mask}
         hidden, mask = self._run(self.target or self.embedding, self.decoder, target, cache, context)

@@ -8,7 +8,7 @@ OBJECTIVES = {
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "ghn": "layerwise.objectives.ghn:GraphHyperNetwork",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
-    "distilled-masked-lm": "layerwise.objectives.binary:DistilledMaskedLM",
+    "distilled-masked-lm": "layerwise.objectives.masked_distill:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",
     "hidden-distillation": "layerwise.objectives.distill:HiddenDistillation",
     "logit-distillation": "layerwise.objectives.distill:LogitDistillation",

@@ -32,9 +32,12 @@ class ForwardForward(Objective):
         threshold: of the mean square.
     """
 
+    one_process = True
+
     def __init__(self, data: Any = None, *, threshold: float = 2.0) -> None:
         super().__init__()
-        self.threshold, self.divisor, self.classes = threshold, None, 0
+        self.threshold, self.classes = threshold, 0
+        self.divisor: float | None = None
 
     def attach(self, model: Any, batch: Mapping[str, Any]) -> None:
         if not isinstance(model.head, ClassifierHead) or "pixel_values" not in batch:
@@ -42,7 +45,7 @@ class ForwardForward(Objective):
         self.classes = model.head.out.out_features
 
     def before_step(self, step: int, total: int, divisor: float | None) -> None:
-        self.divisor = divisor  # type: ignore[assignment]
+        self.divisor = divisor
 
     def forward(self, model: Any, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
         labels = batch["labels"]

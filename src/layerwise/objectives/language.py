@@ -78,7 +78,8 @@ class MaskedLM(Objective):
         self.special: Tensor
         self.register_buffer("special", torch.tensor(special, dtype=torch.long), persistent=False)
 
-    def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
+    def masked(self, batch: Mapping[str, Any], generator: torch.Generator | None) -> tuple[dict[str, Any], Tensor]:
+        """The batch with tokens hidden, and their labels (-100: none)."""
         ids, labels = mask_tokens(
             batch["input_ids"],
             rate=self.rate,
@@ -89,5 +90,9 @@ class MaskedLM(Objective):
             attention_mask=batch.get("attention_mask"),
             replace=self.replace,
         )
-        out = model({**batch, "input_ids": ids}, **context)
+        return {**batch, "input_ids": ids}, labels
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
+        hidden, labels = self.masked(batch, generator)
+        out = model(hidden, **context)
         return score_labels(out.model, out.hidden, labels)

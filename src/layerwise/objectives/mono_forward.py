@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.analyze.findings import Findings, Table
-from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference
 from layerwise.objectives.auxiliary import AuxiliaryHeads, Read
 from layerwise.objectives.hinge import cross_entropy, right
@@ -34,6 +33,8 @@ class MonoForward(Objective):
         read: whether M_i acts on all of a layer's output or on its mean over positions, which is another method for maps.
     """
 
+    one_process = True
+
     def __init__(self, data: Any = None, *, schedule: Literal["joint", "greedy"] = "joint", read: Read = "flat") -> None:
         super().__init__()
         self.schedule, self.read = schedule, read
@@ -42,8 +43,6 @@ class MonoForward(Objective):
         self.readouts: AuxiliaryHeads | None = None
 
     def attach(self, model: Any, batch: Mapping[str, Any]) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise BadInput("mono-forward differentiates inside the forward pass, which runs on one process: start it without a launcher")
         if model.stack.depth > 1:
             self.readouts = AuxiliaryHeads(model, batch, range(model.stack.depth - 1), read=self.read, bias=False)
 
@@ -67,7 +66,7 @@ class MonoForward(Objective):
 
         def local(i: int, layer: nn.Module, x: Tensor, ctx: Context, call: Call) -> Tensor:
             if learning and self.current is not None and i != self.current:
-                return self._frozen(i, layer, x, ctx, call, losses, goodness, labels)
+                return self._waiting(i, layer, x, ctx, call)
             # The first layer's input keeps its graph, so that an embedding below it learns from the same loss.
             made = call(x.detach() if i else x, ctx)
             if i == last:
@@ -83,18 +82,13 @@ class MonoForward(Objective):
         metrics = {"accuracy": right(goodness[-1], labels), "goodness_accuracy": right(torch.stack(goodness).sum(dim=0), labels)}
         return Loss(total, torch.tensor(len(labels), device=labels.device), metrics, applied=learning)
 
-    def _frozen(
-        self, i: int, layer: nn.Module, x: Tensor, ctx: Context, call: Call, losses: list[Tensor], goodness: list[Tensor], labels: Tensor
-    ) -> Tensor:
+    def _waiting(self, i: int, layer: nn.Module, x: Tensor, ctx: Context, call: Call) -> Tensor:
         """A layer whose turn is over (it runs, in evaluation mode) or not yet come (it is passed over: nothing above learns now)."""
         assert self.current is not None
         if i > self.current:
             return x.detach()
-        training = layer.training
-        with torch.no_grad():
-            made = call(x, ctx) if not training else _evaluated(layer, x, ctx, call)
-        layer.train(training)
-        return made
+        with inference(layer):
+            return call(x, ctx)
 
     def finish(self, model: Any, data: Any) -> Findings:
         """Accuracy by each layer's read-out and by the sum of all, on the validation split."""
@@ -117,8 +111,3 @@ class MonoForward(Objective):
         with self.readouts.watching(model) as seen:
             last = model(batch).logits
         return [*(self.readouts(i, seen[i]) for i in self.readouts.layers), last]
-
-
-def _evaluated(layer: nn.Module, x: Tensor, ctx: Context, call: Call) -> Tensor:
-    layer.eval()
-    return call(x, ctx)

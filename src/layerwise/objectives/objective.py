@@ -16,6 +16,9 @@ class Objective(nn.Module):
     Its parameters (auxiliary heads) are trained with the model's and dropped when the stage ends.
     """
 
+    one_process = False
+    """It differentiates inside its forward pass, so several processes could not average the gradients."""
+
     def attach(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """The stage begins; the optimizer is made afterwards. `batch` shows what the data looks like."""
 

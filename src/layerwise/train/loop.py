@@ -33,11 +33,12 @@ from layerwise.optim.schedule import factor
 from layerwise.stack.context import Around
 from layerwise.stack.sharding import whole
 from layerwise.table import lookup
+from layerwise.train.alone import alone
 from layerwise.train.checkpoint import Saver, load_state, optimizer_tensors, restore, restore_optimizer
 from layerwise.train.parallel import dealt, gathered, processes, shards, spread, summed, waiting
 from layerwise.train.policies import POLICIES, Policy
 from layerwise.train.ranks import in_touch, join
-from layerwise.train.recompute import Recompute
+from layerwise.train.recompute import recomputing
 from layerwise.train.spec import TrainSpec
 
 CHECKPOINT_SECONDS = 60.0
@@ -50,8 +51,8 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.objective = model, objective
 
-    def forward(self, batch: dict[str, Tensor], generator: torch.Generator, around: tuple[Around, ...]) -> Loss:
-        return self.objective(self.model, batch, generator, **({"around": around} if around else {}))
+    def forward(self, batch: dict[str, Tensor], generator: torch.Generator, context: dict[str, tuple[Around, ...]]) -> Loss:
+        return self.objective(self.model, batch, generator, **{name: wrappers for name, wrappers in context.items() if wrappers})
 
 
 @dataclass
@@ -151,6 +152,8 @@ def train(
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=torch.device(device).type == "cpu", mixed_precision="bf16" if spec.precision == "bf16" else "no")
     objective = lookup(OBJECTIVES, spec.objective, "objective")(data, **spec.options).to(accelerator.device)
+    if objective.one_process:
+        alone(f"the objective {spec.objective}")
     if not shards(spec):
         model.to(accelerator.device)  # a shard goes there by itself, layer by layer
     model.train()
@@ -242,9 +245,7 @@ class _Loop:
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.augment = getattr(run.data, "augment", None)
         self.world, self.rank = accelerator.num_processes, accelerator.process_index
-        self.recompute = (
-            (Recompute(run.spec.recompute, (getattr(run.model, "decoder", None) or run.model.stack).depth),) if run.spec.recompute else ()
-        )
+        self.recompute = recomputing(run.model, run.spec.recompute)
         self.saved_at = time.monotonic()
         # What all processes agree on in a step, see `_agree`.
         self.stopping = self.due = False
@@ -285,7 +286,8 @@ class _Loop:
         for policy in self.policies:
             policy.before_step(run)
         set_lr(run.optimizer, factor(spec.schedule, run.clock, run.total))
-        around = (*(a for policy in self.policies for a in policy.around), *self.recompute)
+        acting = tuple(a for policy in self.policies for a in policy.around)
+        context = {**self.recompute, "around": (*acting, *self.recompute.get("around", ()))}
         rows = self.order.indices(run.step)
         # Alone, one micro-batch is divided by its own count. Several micro-batches or processes are divided by one number
         # they all know beforehand, and the exact count puts it right once the gradients are together.
@@ -297,9 +299,7 @@ class _Loop:
             batch = self._batch(micro[self.rank :: self.world])
             with waiting(self.module, i < spec.accumulate - 1):
                 with self.accelerator.autocast():
-                    loss = self.module(batch, self.generator, around)
-                if loss.applied and self.world > 1:
-                    raise BadInput(f"{spec.objective} makes its gradients layer by layer, which processes cannot exchange: use one process")
+                    loss = self.module(batch, self.generator, context)
                 if not loss.applied:
                     (loss.total / (loss.count.clamp(min=1) if alone else usual)).backward()
             counted = loss.count if counted is None else counted + loss.count
@@ -362,7 +362,7 @@ class _Loop:
         total = count = 0.0
         with inference(run.model):
             for batch in batches(run.data.validation, run.spec.batch, run.spec.val_batches, run.device):
-                loss = self.module(batch, generator, around)  # as a whole: shards are gathered from there
+                loss = self.module(batch, generator, {"around": around})  # as a whole: shards are gathered from there
                 total, count = total + loss.total.item(), count + float(loss.count)
         if isinstance(self.module, FSDPModule):
             self.module.reshard()  # what stands outside the layers is otherwise kept for a backward pass
@@ -418,7 +418,8 @@ def _resume(folder: Path, run: Run, module: nn.Module, policies: list[Policy], w
 @contextlib.contextmanager
 def compiled(model: Any, wanted: bool) -> Iterator[None]:
     """Every layer compiled inside the block. What wraps a layer (recomputation, gathering of shards) stays outside of it."""
-    layers = list(dict.fromkeys(model.stack.layers)) if wanted else []
+    stacks = [stack for stack in (model.stack, getattr(model, "decoder", None)) if stack is not None]
+    layers = list(dict.fromkeys(layer for stack in stacks for layer in stack.layers)) if wanted else []
     for layer in layers:
         layer.forward = torch.compile(layer.forward)
     try:

@@ -10,8 +10,21 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from layerwise.stack.context import Call, Context
+from layerwise.stack.context import Around, Call, Context
 from layerwise.stack.spec import indices
+
+
+def recomputing(model: Any, layers: bool | Sequence[str | int]) -> dict[str, tuple[Around, ...]]:
+    """The wrappers for a model's forward pass: `around`, and `source_around` for an encoder-decoder's encoder. Nothing for no layers.
+
+    Args:
+        layers: as for `Recompute`; on both sides of an encoder-decoder alike.
+    """
+    if not layers:
+        return {}
+    if getattr(model, "decoder", None) is None:
+        return {"around": (Recompute(layers, model.stack.depth),)}
+    return {"around": (Recompute(layers, model.decoder.depth),), "source_around": (Recompute(layers, model.stack.depth),)}
 
 
 class Recompute:

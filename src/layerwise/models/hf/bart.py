@@ -28,9 +28,7 @@ def read(config: dict[str, Any], head: bool) -> ModelSpec:
         "dropout": dropout,
         "attention_dropout": config.get("attention_dropout", 0.0),
     }
-    encoder, decoder = (
-        {**layer, "heads": config[f"{side}_attention_heads"], "ffn_width": config[f"{side}_ffn_dim"]} for side in ("encoder", "decoder")
-    )
+    encoder, decoder = read_sides(config, layer)
     embedding = TokenSpec(
         vocab=config["vocab_size"],
         position="learned",
@@ -53,12 +51,30 @@ def read(config: dict[str, Any], head: bool) -> ModelSpec:
 
 def write(spec: ModelSpec) -> dict[str, Any]:
     """Our description to their config."""
-    tokens, stack, decoder = tokens_of(spec), stack_of(spec), spec.decoder
+    tokens = tokens_of(spec)
+    return {
+        **write_sides(spec),
+        "vocab_size": tokens.vocab,
+        "max_position_embeddings": tokens.max_length,
+        "scale_embedding": tokens.scale != 1.0,
+    }
+
+
+def read_sides(config: dict[str, Any], layer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A layer of the encoder and one of the decoder: what both have, and the numbers that each side has of its own."""
+    encoder, decoder = (
+        {**layer, "heads": config[f"{side}_attention_heads"], "ffn_width": config[f"{side}_ffn_dim"]} for side in ("encoder", "decoder")
+    )
+    return encoder, decoder
+
+
+def write_sides(spec: ModelSpec) -> dict[str, Any]:
+    """The config keys of both stacks, which this family's relatives share."""
+    stack, decoder = stack_of(spec), spec.decoder
     assert decoder is not None
     below, above = stack.layers[0], decoder.layers[0]
     return {
         "is_encoder_decoder": True,
-        "vocab_size": tokens.vocab,
         "d_model": stack.width,
         "encoder_layers": stack.depth,
         "decoder_layers": decoder.depth,
@@ -67,8 +83,6 @@ def write(spec: ModelSpec) -> dict[str, Any]:
         "encoder_ffn_dim": below.ffn_width,
         "decoder_ffn_dim": above.ffn_width,
         "activation_function": write_activation(below.ffn),
-        "max_position_embeddings": tokens.max_length,
-        "scale_embedding": tokens.scale != 1.0,
         "dropout": below.dropout,
         "attention_dropout": below.attention_dropout,
         "init_std": stack.init_std,
@@ -77,10 +91,17 @@ def write(spec: ModelSpec) -> dict[str, Any]:
 
 
 def _stack(ours: str, theirs: str, embedding: str) -> tuple[Rule, ...]:
-    """The names of one side."""
-    attention = {**{f"branch.{role}": f"{role}_proj" for role in "qkv"}, "branch.o": "out_proj"}
+    """The names of one side and its embedding."""
     return (
         *names({"positions": "embed_positions", "norm": "layernorm_embedding"}, f"{embedding}.", f"model.{theirs}."),
+        *layer_names(ours, theirs),
+    )
+
+
+def layer_names(ours: str, theirs: str) -> tuple[Rule, ...]:
+    """The names inside the layers of one side, for this family and its relatives."""
+    attention = {**{f"branch.{role}": f"{role}_proj" for role in "qkv"}, "branch.o": "out_proj"}
+    return (
         *names(attention, f"{ours}.layers.*.mixer.", f"model.{theirs}.layers.*.self_attn."),
         *names(attention, f"{ours}.layers.*.cross.", f"model.{theirs}.layers.*.encoder_attn."),
         *names(

@@ -6,7 +6,8 @@ from typing import Any
 
 from layerwise.embed.audio_spec import MelSpec
 from layerwise.embed.spec import TokenSpec
-from layerwise.models.hf.family import Family, Rule, names, read_activation, stack_of, write_activation
+from layerwise.models.hf.bart import layer_names, read_sides, write_sides
+from layerwise.models.hf.family import Family, Rule, names, read_activation
 from layerwise.models.spec import HeadSpec, ModelSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
@@ -28,9 +29,7 @@ def _read(config: dict[str, Any], head: bool) -> ModelSpec:
         "dropout": dropout,
         "attention_dropout": config.get("attention_dropout", 0.0),
     }
-    encoder, decoder = (
-        {**layer, "heads": config[f"{side}_attention_heads"], "ffn_width": config[f"{side}_ffn_dim"]} for side in ("encoder", "decoder")
-    )
+    encoder, decoder = read_sides(config, layer)
     around: dict[str, Any] = {"width": width, "init_std": config.get("init_std", 0.02)}
     return ModelSpec(
         embedding=MelSpec(mels=config.get("num_mel_bins", 80), max_length=config.get("max_source_positions", 1500), dropout=dropout),
@@ -44,49 +43,20 @@ def _read(config: dict[str, Any], head: bool) -> ModelSpec:
 
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
-    stack, decoder, target, sound = stack_of(spec), spec.decoder, spec.target, spec.embedding
-    assert decoder is not None and target is not None and isinstance(sound, MelSpec)
-    below, above = stack.layers[0], decoder.layers[0]
+    target, sound = spec.target, spec.embedding
+    assert target is not None and isinstance(sound, MelSpec)
     return {
-        "is_encoder_decoder": True,
+        **write_sides(spec),
         "vocab_size": target.vocab,
         "num_mel_bins": sound.mels,
-        "d_model": stack.width,
-        "encoder_layers": stack.depth,
-        "decoder_layers": decoder.depth,
-        "encoder_attention_heads": below.heads,
-        "decoder_attention_heads": above.heads,
-        "encoder_ffn_dim": below.ffn_width,
-        "decoder_ffn_dim": above.ffn_width,
-        "activation_function": write_activation(below.ffn),
         "max_source_positions": sound.max_length,
         "max_target_positions": target.max_length,
-        "dropout": below.dropout,
-        "attention_dropout": below.attention_dropout,
-        "init_std": stack.init_std,
-        "tie_word_embeddings": spec.head is None or spec.head.tie,
     }
 
 
 def _stack(ours: str, theirs: str) -> tuple[Rule, ...]:
     """The names of one side."""
-    attention = {**{f"branch.{role}": f"{role}_proj" for role in "qkv"}, "branch.o": "out_proj"}
-    return (
-        *names(attention, f"{ours}.layers.*.mixer.", f"model.{theirs}.layers.*.self_attn."),
-        *names(attention, f"{ours}.layers.*.cross.", f"model.{theirs}.layers.*.encoder_attn."),
-        *names(
-            {
-                "mixer.norm": "self_attn_layer_norm",
-                "cross.norm": "encoder_attn_layer_norm",
-                "ffn.branch.up": "fc1",
-                "ffn.branch.down": "fc2",
-                "ffn.norm": "final_layer_norm",
-            },
-            f"{ours}.layers.*.",
-            f"model.{theirs}.layers.*.",
-        ),
-        Rule((f"{ours}.norm",), f"model.{theirs}.layer_norm"),
-    )
+    return (*layer_names(ours, theirs), Rule((f"{ours}.norm",), f"model.{theirs}.layer_norm"))
 
 
 FAMILY = Family(

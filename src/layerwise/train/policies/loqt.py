@@ -10,7 +10,7 @@ from torch import Tensor
 from layerwise.analyze.findings import Findings
 from layerwise.errors import BadInput
 from layerwise.nn.linears.loqt import LoQT
-from layerwise.train.policies.alone import alone
+from layerwise.train.alone import alone
 from layerwise.train.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class LoQTUpdates(Policy):
         self._held = 0
 
     def start(self, run: Run) -> None:
-        alone("loqt")
+        alone("the policy loqt")
         self._linears = [m for m in run.model.modules() if isinstance(m, LoQT)]
         if not self._linears:
             raise BadInput("the policy loqt merges linears of kind loqt; this model has none: set model.stack.layer.linears")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from layerwise.errors import BadInput
 from layerwise.optim import OPTIMIZERS
 from layerwise.table import lookup
-from layerwise.train.policies.alone import alone
+from layerwise.train.alone import alone
 from layerwise.train.policies.policy import Policy
 from layerwise.train.spec import TrainSpec
 
@@ -44,7 +44,7 @@ class PerLayerUpdates(Policy):
             raise BadInput("per-layer-updates uses each gradient at once, so nothing can be accumulated: set accumulate: 1")
 
     def start(self, run: Run) -> None:
-        alone("per-layer-updates")
+        alone("the policy per-layer-updates")
         self.check(run.spec)
 
     def before_step(self, run: Run) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,8 @@ class RandomLTD(Policy):
         self.around = (self.through,)
         self._generator: torch.Generator | None = None
         self._drawn: Tensor | None = None
-        self._kept = self._length = self._seen = 0
+        self._kept = self._length = 0
+        self._consumed: list[int] = []
 
     def start(self, run: Run) -> None:
         depth = run.model.stack.depth
@@ -62,6 +64,10 @@ class RandomLTD(Policy):
         if self._length and self.keep > self._length:
             raise BadInput(f"random-ltd keeps {self.keep} tokens of rows that have {self._length}")
         self._generator = torch.Generator(device=run.device)
+        if self._length:
+            costs = (self.layer_tokens(t, run.total, self._length, depth) for t in range(run.total))
+            self._whole = self._length * depth * run.total
+            self._consumed = list(itertools.accumulate(costs, initial=0))
 
     def kept(self, step: int, total: int, length: int) -> int:
         """r_t, the tokens that a dropping layer sees at a step, of `length`: never falling, a multiple of `increment` until it is all."""
@@ -81,18 +87,8 @@ class RandomLTD(Policy):
         self._generator.manual_seed((run.seed * 1_000_003 + run.step) ^ 0x5DEECE66D)
         self._drawn = None
         self._kept = self.kept(run.step, run.total, self._length) if self._length else self.keep
-        if self.token_clock and self._length:
-            depth = run.model.stack.depth
-            run.clock = self._consumed(run.step, run.total, depth) / self._consumed(run.total, run.total, depth) * run.total
-        self._seen = run.step + 1
-
-    def _consumed(self, step: int, total: int, depth: int) -> int:
-        key = (total, depth)
-        if getattr(self, "_sums_of", None) != key:
-            self._sums_of, self._sums = key, [0]
-            for t in range(total):
-                self._sums.append(self._sums[-1] + self.layer_tokens(t, total, self._length, depth))
-        return self._sums[step]
+        if self.token_clock and self._consumed:
+            run.clock = self._consumed[run.step] / self._consumed[-1] * run.total
 
     def through(self, i: int, layer: Any, x: Float[Tensor, "b s width"], ctx: Context, call: Call) -> Tensor:
         """The layer on its own subset of positions; the others pass unchanged."""
@@ -114,8 +110,6 @@ class RandomLTD(Policy):
 
     def findings(self) -> Findings:
         """Layer-tokens of one row over the stage, and their share of what no dropping would have cost."""
-        if not self._length or not self._seen or not hasattr(self, "_sums_of"):
+        if not self._consumed:
             return Findings()
-        total, depth = self._sums_of
-        consumed = self._consumed(total, total, depth)
-        return Findings({"layer_tokens": float(consumed), "layer_token_share": consumed / (self._length * depth * total)})
+        return Findings({"layer_tokens": float(self._consumed[-1]), "layer_token_share": self._consumed[-1] / self._whole})

@@ -1,4 +1,4 @@
-"""What some policies cannot do yet: run beside other processes."""
+"""What some policies and objectives cannot do yet: run beside other processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 from layerwise.errors import BadInput
 
 
-def alone(name: str) -> None:
-    """Refuse a policy on several processes.
+def alone(what: str) -> None:
+    """Refuse something on several processes.
 
     Raises:
         BadInput: there are several.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise BadInput(f"the policy {name} uses gradients before processes have averaged them: run it on one process")
+        raise BadInput(f"{what} uses gradients before processes have averaged them: run it on one process")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.data.masking import mask_tokens
 from layerwise.objectives.language import MaskedLM, score_labels
 from layerwise.objectives.loss import Loss
 from layerwise.objectives.teacher import Teacher
@@ -31,21 +30,11 @@ class DistilledMaskedLM(MaskedLM):
         self.teacher, self.weight = Teacher(teacher), weight
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
-        ids, labels = mask_tokens(
-            batch["input_ids"],
-            rate=self.rate,
-            mask_id=self.mask_id,
-            vocab=self.vocab,
-            special_ids=self.special,
-            generator=generator,
-            attention_mask=batch.get("attention_mask"),
-            replace=self.replace,
-        )
-        masked = {**batch, "input_ids": ids}
+        masked, labels = self.masked(batch, generator)
         ours = model(masked, hiddens=True, **context)
         theirs = self.teacher(masked, ours.hidden.device, hiddens=True)
         loss = score_labels(ours.model, ours.hidden, labels)
-        real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(ids, dtype=torch.bool)
+        real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(labels, dtype=torch.bool)
         pairs = zip(ours.hiddens or (), theirs.hiddens or (), strict=True)
         distance: Tensor = torch.stack([F.mse_loss(a[real], b[real]) for a, b in pairs]).mean()
         # The distance is a mean already; a loss is a sum over the labelled tokens.
