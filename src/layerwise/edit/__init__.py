@@ -10,6 +10,7 @@ from typing import Any
 from layerwise.table import member
 
 EDITS = {
+    "interpolate": "layerwise.edit.merging.interpolate:interpolate",
     "ot-fuse": "layerwise.edit.merging.transport:ot_fuse",
     "binarize": "layerwise.edit.binary:binarize",
     "classifier-head": "layerwise.edit.head:classifier_head",
@@ -31,6 +32,7 @@ EDITS = {
 }
 
 PREVIEWS = {
+    "interpolate": "layerwise.edit.merging.interpolate:preview_interpolate",
     "ot-fuse": "layerwise.edit.merging.transport:preview_fuse",
     "binarize": "layerwise.edit.binary:preview_binarize",
     "classifier-head": "layerwise.edit.head:preview_classifier",
