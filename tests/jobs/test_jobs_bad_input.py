@@ -336,6 +336,10 @@ SHAPES = {
     "lora without rank": ({LAYER + "linears": {"q": {"kind": "lora"}}}, r"lora linear needs rank >= 1"),
     "cross without decoder": ({LAYER + "cross": True}, r"cross: true needs something to look at"),
     "decoder without cross": ({"model/decoder": {"depth": 1, "width": 16, "layer": {"heads": 2}}}, r"cross: true and causal: true"),
+    "text model with a source": (
+        {"model/decoder": {"depth": 1, "width": 16, "layer": {"heads": 2, "cross": True, "causal": True}}, "model/stack/width": 16},
+        r"stages\.\w+.*needs a source and a target",
+    ),
     "dense layers on text": ({"model": {"stack": {"layers": [{"kind": "dense", "channels": 4}]}}}, r"embedding\.kind to pixels"),
     "no plain layers": ({"model": {"preset": "mlp", "stack": {"layers": []}}}, r"layers is empty"),
     "plain layers do not fit": (

@@ -137,7 +137,7 @@ def test_tensorboard_gets_what_the_metrics_file_gets(verses, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run_job(_job(verses, trackers=["tensorboard"], seeds=[0]), tmp_path / "run")
-    (folder,) = {p.parent for p in (tmp_path / "run" / "trackers").rglob("events.out.tfevents*") if "angular" in str(p)}
+    (folder,) = {p.parent for p in (tmp_path / "run" / "trackers" / "angular").rglob("events.out.tfevents*")}
     events = EventAccumulator(str(folder))
     events.Reload()
     logged = {e.step: e.value for e in events.Scalars("loss")}

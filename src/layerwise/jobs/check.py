@@ -218,6 +218,10 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
     have = spec.head.kind if spec.head is not None else "no"
     if have != need:
         raise BadInput(f"{stage.what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
+    if spec.decoder is not None:
+        raise BadInput(
+            f"{stage.what} reads one text a row; this model is an encoder-decoder, which needs a source and a target: take a decoder"
+        )
     if stage.what in CAUSAL and not spec.causal:
         raise BadInput(f"{stage.what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
     if stage.what == "masked-lm" and spec.causal:

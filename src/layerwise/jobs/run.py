@@ -146,8 +146,15 @@ class _Listener(Listener):
 
     def __init__(self, runner: _Runner, variant: str, seed: int, stage: str) -> None:
         self.runner, self.labels = runner, (variant, seed, stage)
-        wanted = runner.job.trackers if runner.here.leads else []
-        self.trackers = [_tracker(name, runner.out, "/".join(map(str, self.labels))) for name in wanted]
+        self._trackers: list[Any] | None = None
+
+    @property
+    def trackers(self) -> list[Any]:
+        """Opened when there is a first value: a stage that trains nothing leaves none behind."""
+        if self._trackers is None:
+            wanted = self.runner.job.trackers if self.runner.here.leads else []
+            self._trackers = [_tracker(name, self.runner.out, "/".join(map(str, self.labels))) for name in wanted]
+        return self._trackers
 
     def progress(self, step: int, total: int, values: dict[str, float]) -> None:
         self.runner.progression.step(step, total, values)
@@ -162,7 +169,7 @@ class _Listener(Listener):
         self.runner._remark(message)
 
     def close(self) -> None:
-        for tracker in self.trackers:
+        for tracker in self._trackers or []:
             tracker.finish()
 
 
