@@ -27,7 +27,9 @@ System = Annotated[str, typer.Argument(metavar="SYSTEM_OR_FILE", help="A system'
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a key of the job, e.g. stages.pretrain.steps=100.")
 ]
-ScaleOption = Annotated[str | None, typer.Option("--scale", help="smoke (seconds), small (minutes on two cores) or full (one big GPU).")]
+ScaleOption = Annotated[
+    str | None, typer.Option("--scale", help="smoke (seconds), small (minutes on two cores), full (one big GPU); some: tiny, mini.")
+]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with named public data sets, one folder a set.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, mps.")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ import yaml
 from layerwise.errors import BadInput
 from layerwise.jobs.catalogue import SYSTEMS, find, listing, names, receipt_data, receipts_folder
 from layerwise.jobs.check import check_job
-from layerwise.jobs.schema import read_job
+from layerwise.jobs.schema import STEPS_TO_SMALL, Scale, read_job
+from layerwise.jobs.yamlfile import read_yaml
 
 SYSTEM_NAMES = names()
 
@@ -25,9 +27,13 @@ def test_name_of_a_system_is_its_files(name: str) -> None:
     assert read_job(find(name)).name == name
 
 
-@pytest.mark.parametrize("scale", ["smoke", "small", "full"])
+@pytest.mark.parametrize("scale", get_args(Scale))
 @pytest.mark.parametrize("name", SYSTEM_NAMES)
-def test_system_reads_at_every_scale(name: str, scale: str) -> None:
+def test_system_reads_at_every_scale(name: str, scale: Scale) -> None:
+    if scale in STEPS_TO_SMALL and scale not in read_yaml(find(name))["scales"]:
+        with pytest.raises(BadInput, match=f"no scale '{scale}'"):
+            read_job(find(name), scale=scale)
+        return
     job = read_job(find(name), scale=scale)
     assert job.scale == scale
     assert not job.scales
@@ -35,9 +41,11 @@ def test_system_reads_at_every_scale(name: str, scale: str) -> None:
         assert {job.claim.method, job.claim.baseline} <= set(job.plans())
 
 
-@pytest.mark.parametrize("scale", ["smoke", "small"])
-@pytest.mark.parametrize("name", SYSTEM_NAMES)
-def test_system_passes_every_check_before_it_runs(name: str, scale: str, data_dir: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [(n, s) for n in SYSTEM_NAMES for s in ("smoke", "small", *(s for s in STEPS_TO_SMALL if s in read_yaml(find(n))["scales"]))],
+)
+def test_system_passes_every_check_before_it_runs(name: str, scale: Scale, data_dir: Path) -> None:
     job = read_job(find(name), scale=scale)
     assert set(check_job(job, data_dir=data_dir)) == set(job.variants)
 

@@ -60,7 +60,7 @@ def listing() -> list[dict[str, Any]]:
     entries = []
     for name in names():
         job = yaml.load((SYSTEMS / f"{name}.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        verdicts = {scale: (receipt_data(name, scale) or {}).get("verdict") for scale in ("small", "full")}
+        verdicts = {scale: (receipt_data(name, scale) or {}).get("verdict") for scale in ("tiny", "mini", "small", "full")}
         entries.append(
             {
                 "name": name,

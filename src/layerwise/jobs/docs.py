@@ -60,8 +60,27 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
             mean = f"{arm['mean']:.4g}" if arm["mean"] is not None else "no value"
             lines.append(f"| {name} | {mean} | {arm['std'] or 0:.2g} | {arm['seconds']:.0f} | {arm['params']:,} |")
         lines.append("")
+    lines += _trend(entry["name"])
     lines += [f"- {note}" for note in job.get("notes", [])]
     return "\n".join(lines) + "\n"
+
+
+def _trend(name: str) -> list[str]:
+    """How the claim's difference moves with the size of the network, where receipts of more than one size are there."""
+    found = [(scale, receipt_data(name, scale)) for scale in ("tiny", "mini", "small", "full")]
+    receipts = [(scale, receipt) for scale, receipt in found if receipt is not None]
+    if len(receipts) < 2:
+        return []
+    lines = [
+        "Over sizes:",
+        "",
+        "| scale | parameters | baseline | method | difference (95 %) | seeds | verdict |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for scale, receipt in receipts:
+        params = receipt["variants"][receipt["claim"]["method"]]["params"]
+        lines.append(f"| {scale} | {params:,} | {_measured(receipt, receipt['claim'])} |")
+    return [*lines, ""]
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from scipy import stats
 
-from layerwise.jobs.schema import Claim, Job, Relation
+from layerwise.jobs.schema import Claim, Job, Relation, Scale
 from layerwise.jobs.statistics import deviation, mean_interval, verdict
 
 
@@ -55,7 +55,7 @@ class Receipt(Part):
 
     schema_: Literal[1] = Field(1, alias="schema")
     system: str
-    scale: Literal["smoke", "small", "full"]
+    scale: Scale
     claim: Claim | None = None
     variants: dict[str, Variant]
     difference: Difference | None = None

@@ -27,8 +27,10 @@ from layerwise.objectives import OBJECTIVES
 from layerwise.table import nearest, unknown
 from layerwise.train.spec import TrainSpec
 
-Scale = Literal["smoke", "small", "full"]
+Scale = Literal["smoke", "tiny", "mini", "small", "full"]
 SCALES = get_args(Scale)
+STEPS_TO_SMALL = ("tiny", "mini")
+"""Sizes below `small`, by which a claim's trend is seen; only a job that defines them has them."""
 VARIED = ("data", "model", "stages")
 """The sections of a job that variants change."""
 LAYERS_AT_MOST = 10_000
@@ -222,6 +224,8 @@ def _scaled(raw: dict[str, Any], scale: str) -> dict[str, Any]:
             raise BadInput(f"scales: {unknown(str(name), SCALES, 'scale')}")
         if not isinstance(change, dict | None):
             raise BadInput(f"scales.{name}: a mapping of paths to values is expected (got {str(change)[:80]!r})")
+    if scale in STEPS_TO_SMALL and scale not in scales:
+        raise BadInput(f"this job has no scale '{scale}': it defines {', '.join(scales) or 'none'}; run it at one of those or at 'small'")
     raw = changed(raw, scales.get(scale) or {}, f"scales.{scale}")
     raw.pop("scales", None)
     return raw

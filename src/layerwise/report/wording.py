@@ -21,6 +21,8 @@ VERDICTS = {
 }
 SCALES = {
     "smoke": "Smoke scale: seconds of work that only show the path works. It claims nothing.",
+    "tiny": "Tiny scale: the small experiment on a narrower model, one step of a trend over sizes.",
+    "mini": "Mini scale: the small experiment on a narrower model, one step of a trend over sizes.",
     "small": "Small scale: an honest experiment in minutes on two cores, much smaller than the paper's.",
     "full": "Full scale: the paper's settings.",
 }
