@@ -160,7 +160,7 @@ UNKNOWN_KEYS = {
     "relations": ({"relations": [{"x": "a", "y": "b", "abov": {}}]}, r"relations\.0\.abov: unknown key.*'above'"),
     "variant": ({"variants": {"a": {"model.stack.detph": 3}}}, r"variants?\.a.*model\.stack\.detph: unknown key.*'depth'"),
     "variant's section": ({"variants": {"a": {"modle.stack": 3}}}, r"variants\.a.*modle"),
-    "scale": ({"scales": {"tiny": {}}}, r"scales.*tiny"),
+    "scale": ({"scales": {"large": {}}}, r"scales.*large"),
     "scale's path": ({"scales": {"small": {"model.stak.depth": 2}}}, r"model\.stak: unknown key.*'stack'"),
 }
 
@@ -624,7 +624,8 @@ def test_output_below_a_file_is_refused(tmp_path: Path) -> None:
         (["resume", "no/such"], r"error: no/such holds no run"),
         (["report", "no/such"], r"error: no/such holds no run"),
         (["verify", "mix-nl"], r"error: .*'mix-nl'"),
-        (["verify", "mix-ln", "--scale", "tiny"], r"error: .*tiny"),
+        (["verify", "mix-ln", "--scale", "large"], r"error: .*large"),
+        (["run", "demo", "--scale", "tiny"], r"error: .*no scale 'tiny'.*smoke"),
         (["inspect", "decodr"], r"error: unknown folder or preset 'decodr'.*'decoder'"),
         (["inspect", "no/such"], r"error: there is no folder no/such"),
         (["generate", "no/such", "a"], r"error: .*no/such"),

@@ -189,6 +189,10 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
         BadInput: anything in it is wrong; the message gives the path of the key and, for unknown names, the nearest known one.
     """
     raw = source if isinstance(source, dict) else read_yaml(source)
+    if scale in STEPS_TO_SMALL and scale not in (raw.get("scales") or {}):
+        raise BadInput(
+            f"this job has no scale '{scale}': it defines {', '.join(raw.get('scales') or {}) or 'none'}; take one of those or 'small'"
+        )
     scale = scale or raw.get("scale") or "small"
     if scale not in SCALES:
         raise unknown(str(scale), SCALES, "scale")
@@ -224,8 +228,6 @@ def _scaled(raw: dict[str, Any], scale: str) -> dict[str, Any]:
             raise BadInput(f"scales: {unknown(str(name), SCALES, 'scale')}")
         if not isinstance(change, dict | None):
             raise BadInput(f"scales.{name}: a mapping of paths to values is expected (got {str(change)[:80]!r})")
-    if scale in STEPS_TO_SMALL and scale not in scales:
-        raise BadInput(f"this job has no scale '{scale}': it defines {', '.join(scales) or 'none'}; run it at one of those or at 'small'")
     raw = changed(raw, scales.get(scale) or {}, f"scales.{scale}")
     raw.pop("scales", None)
     return raw
