@@ -189,9 +189,10 @@ def read_job(source: dict[str, Any] | Path, *, scale: Scale | None = None, setti
         BadInput: anything in it is wrong; the message gives the path of the key and, for unknown names, the nearest known one.
     """
     raw = source if isinstance(source, dict) else read_yaml(source)
-    if scale in STEPS_TO_SMALL and scale not in (raw.get("scales") or {}):
+    defined = raw["scales"] if isinstance(raw.get("scales"), dict) else {}
+    if scale in STEPS_TO_SMALL and scale not in defined:
         raise BadInput(
-            f"this job has no scale '{scale}': it defines {', '.join(raw.get('scales') or {}) or 'none'}; take one of those or 'small'"
+            f"this job has no scale '{scale}': it defines {', '.join(map(str, defined)) or 'none'}; take one of those or 'small'"
         )
     scale = scale or raw.get("scale") or "small"
     if scale not in SCALES:
