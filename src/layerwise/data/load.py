@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from layerwise.data.augment import make_augment
-from layerwise.data.pack import packed, padded
+from layerwise.data.pack import packed, padded, paired
 from layerwise.data.raw import Raw, Rows, positions
 from layerwise.data.sources import check_fit, check_source, read_source, source_identity, tokenizer_file
 from layerwise.data.spec import DataSpec
@@ -40,7 +40,7 @@ class Split:
 
     Attributes:
         arrays: `rows` (n, length) token ids; `lengths` (n,) of padded rows; `images` (n, c, h, w) uint8; `waves`
-            (n, samples) and `mels` (n, bands, frames) of sound; `labels` (n,).
+            (n, samples) and `mels` (n, bands, frames) of sound; `labels` (n,); of pairs `starts` (n,) of the targets and `tasks` (n,).
         boundaries: the end token that separates packed documents, if rows carry segments.
         read: reads the raw texts anew.
     """
@@ -65,7 +65,8 @@ class Split:
         """The rows `index` (b,) as model inputs.
 
         Text: `input_ids` (b, length), with `segment_ids` and `position_ids` where documents are kept apart, or
-        `attention_mask` and `labels` for labelled texts. Images: `pixel_values` (b, c, h, w) in [0, 1] and `labels`. Sound:
+        `attention_mask` and `labels` for labelled texts. Pairs: `attention_mask`, `prompt_mask` (b, length; 1 = prompt), `labels`
+        (b, length; the target's tokens, elsewhere -100) and `tasks` (b,). Images: `pixel_values` (b, c, h, w) in [0, 1] and `labels`. Sound:
         `input_values` (b, samples) or `input_features` (b, bands, frames).
         """
         at = index.numpy()
@@ -80,6 +81,11 @@ class Split:
         if "lengths" in self.arrays:
             places = torch.arange(self.tokens_per_row)
             made["attention_mask"] = (places < torch.from_numpy(self.arrays["lengths"][at])[:, None]).long()
+        if "starts" in self.arrays:
+            prompt = torch.arange(self.tokens_per_row) < torch.from_numpy(self.arrays["starts"][at])[:, None]
+            made["prompt_mask"] = prompt.long()
+            made["labels"] = made["input_ids"].masked_fill(prompt | (made["attention_mask"] == 0), -100)
+            made["tasks"] = torch.from_numpy(self.arrays["tasks"][at])
         if "labels" in self.arrays:
             made["labels"] = torch.from_numpy(self.arrays["labels"][at].astype(np.int64))
         if self.boundaries is not None:
@@ -191,7 +197,7 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
     meta["classes"] = int(max(part.max() for part in labels if len(part))) + 1 if labels else None
     if raw.kind == "images":
         return meta, {name: _images(rows, name) for name, rows in splits.items()}
-    train = splits["train"].texts or []
+    train = [*(splits["train"].prompts or []), *(splits["train"].texts or [])]
     ready = spec.tokenizer.kind == "file"
     tokenizer = read_tokenizer(str(tokenizer_file(spec))) if ready else make_tokenizer(spec.tokenizer, train)
     if spec.boundaries and special_ids(tokenizer)["eos"] is None:
@@ -211,6 +217,16 @@ def _images(rows: Rows, name: str) -> dict[str, np.ndarray]:
 
 def _tokens(rows: Rows, tokenizer: Tokenizer, spec: DataSpec, split: str, source: str) -> dict[str, np.ndarray]:
     ids, special, vocab = encoded(tokenizer, rows.texts or []), special_ids(tokenizer), tokenizer.get_vocab_size()
+    if rows.prompts is not None and rows.tasks is not None:
+        marks = [f"{task}: " if len(spec.pairs) > 1 else "" for task in spec.pairs]
+        prompts = encoded(tokenizer, [marks[task] + prompt for task, prompt in zip(rows.tasks, rows.prompts, strict=True)])
+        eos, sep = special["eos"], special["sep"] if special["sep"] is not None else special["eos"]
+        if eos is None or sep is None:
+            raise BadInput(f"data.pairs: the tokenizer {spec.tokenizer.path} has no end token to end targets with")
+        made, starts, lengths, kept = paired(prompts, ids, spec.length, special["pad"] or 0, sep, eos, vocab)
+        if not len(made):
+            raise BadInput(f"data.length: no prompt with its target fits into {spec.length} tokens in the {split} split of {source}")
+        return {"rows": made, "lengths": lengths, "starts": starts, "tasks": rows.tasks[kept]}
     if rows.labels is not None:
         check_room(4 * len(rows) * spec.length, f"data.length: {len(rows):,} rows of {spec.length:,} tokens")
         made, lengths = padded(ids, spec.length, special["pad"] or 0, special["cls"], special["sep"], vocab)

@@ -32,3 +32,21 @@ def padded(
         rows.append(row)
         lengths.append(len(kept))
     return np.stack(rows) if rows else np.empty((0, length), dtype=small), np.array(lengths, dtype=np.int64)
+
+
+def paired(
+    prompts: Iterable[np.ndarray], targets: Iterable[np.ndarray], length: int, pad: int, sep: int, eos: int, vocab: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Prompt, sep, target, eos and padding on the right, one pair a row: ids, where the target begins, lengths, and which pairs were short enough."""
+    small = np.uint16 if vocab <= 1 << 16 else np.uint32
+    rows, starts, lengths, kept = [], [], [], []
+    for i, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        whole = np.concatenate([prompt, [sep], target, [eos]]).astype(small)
+        if len(whole) > length:
+            continue
+        rows.append(np.pad(whole, (0, length - len(whole)), constant_values=pad))
+        starts.append(len(prompt) + 1)
+        lengths.append(len(whole))
+        kept.append(i)
+    made = np.stack(rows) if rows else np.empty((0, length), dtype=small)
+    return made, np.array(starts, dtype=np.int64), np.array(lengths, dtype=np.int64), np.array(kept, dtype=np.int64)

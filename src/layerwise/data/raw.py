@@ -1,4 +1,4 @@
-"""A source as it was read: texts or images with labels, before splitting and tokenizing."""
+"""A source as it was read: texts, prompts with targets, or images with labels, before splitting and tokenizing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,26 @@ class Rows:
     """Documents or images of one split.
 
     Attributes:
-        texts: documents. images: (n, c, h, w) uint8. labels: (n,) class numbers, if there are any.
+        texts: documents, or targets where there are prompts. images: (n, c, h, w) uint8. labels: (n,) class numbers, if there are any.
+        prompts: what stands before each text. tasks: (n,) number of each prompt's task, in the order of `DataSpec.pairs`.
     """
 
     texts: list[str] | None = None
     images: np.ndarray | None = None
     labels: np.ndarray | None = None
+    prompts: list[str] | None = None
+    tasks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.texts) if self.texts is not None else len(self.images) if self.images is not None else 0
 
     def keys(self) -> list[bytes]:
-        """The content of each row as bytes: what it is split and chosen by."""
+        """The content of each row as bytes, of prompts alone where there are any: what it is split and chosen by.
+
+        Rows with one prompt (several tasks or targets) are then on one side of a split.
+        """
+        if self.prompts is not None:
+            return [t.encode() for t in self.prompts]
         if self.texts is not None:
             return [t.encode() for t in self.texts]
         return [] if self.images is None else [image.tobytes() for image in self.images]
@@ -36,6 +44,8 @@ class Rows:
             None if self.texts is None else [self.texts[i] for i in index],
             None if self.images is None else self.images[index],
             None if self.labels is None else self.labels[index],
+            None if self.prompts is None else [self.prompts[i] for i in index],
+            None if self.tasks is None else self.tasks[index],
         )
 
 
@@ -48,14 +58,17 @@ class Raw:
     splits: dict[str, Rows]
 
     def sha256(self) -> str:
-        """Digest of all content, labels included."""
+        """Digest of all content, labels and targets included."""
         total = hashlib.sha256()
         for name, rows in sorted(self.splits.items()):
             total.update(name.encode())
             for key in rows.keys():  # noqa: SIM118  not a dict
                 total.update(len(key).to_bytes(8, "big") + key)
-            if rows.labels is not None:
-                total.update(rows.labels.tobytes())
+            for array in (rows.labels, rows.tasks):
+                if array is not None:
+                    total.update(array.tobytes())
+            for text in rows.texts or () if rows.prompts is not None else ():
+                total.update(len(text.encode()).to_bytes(8, "big") + text.encode())
         return total.hexdigest()
 
 

@@ -52,20 +52,22 @@ def check_fit(spec: DataSpec, kind: str, *, labelled: bool) -> None:
     Raises:
         BadInput: one would have no effect; better said than ignored.
     """
-    what = "images" if kind == "images" else "texts with labels" if labelled else "text without labels"
+    what = "images" if kind == "images" else "texts with labels" if labelled else "pairs" if spec.pairs else "text without labels"
     if spec.boundaries and what != "text without labels":
         raise BadInput(f"data.boundaries keeps packed documents apart; {spec.source} has {what}, one a row")
     if spec.augment is not None and kind != "images":
         raise BadInput(f"data.augment changes images; {spec.source} has {what}")
     if spec.documents is not None and kind == "images":
         raise BadInput(f"data.documents counts texts; {spec.source} has images: use data.examples")
-    if spec.examples is not None and what == "text without labels":
+    if spec.examples is not None and what in ("text without labels", "pairs"):
         raise BadInput(f"data.examples counts images or texts with labels; {spec.source} has {what}: use data.documents")
 
 
 def _refuse_columns(spec: DataSpec) -> None:
-    if spec.columns:
-        raise BadInput(f"data.columns: {spec.source} has no columns to name; tables (jsonl, csv, parquet, hub:) have")
+    if spec.columns or spec.pairs:
+        raise BadInput(
+            f"data.{'columns' if spec.columns else 'pairs'}: {spec.source} has no columns to name; tables (jsonl, csv, parquet, hub:) have"
+        )
 
 
 def tokenizer_file(spec: DataSpec) -> Path:

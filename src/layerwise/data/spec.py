@@ -69,6 +69,8 @@ class DataSpec:
     Attributes:
         source: `builtin:docs|code|digits`, `path:FILE_OR_FOLDER`, `hub:NAME[:CONFIG]`, or a named set in the data folder.
         columns: canonical name (text, image, label) -> the source's column (`{text: body}`).
+        pairs: task -> columns of its prompt and its target (`{translate: [en, de]}`): each row of the table is a row for each task, its
+            loss is on the target alone, and with several tasks the prompt begins with the task's name. Rows longer than `length` are left out.
         tokenizer: for text. length: tokens in a row.
         validation: share of the documents (or images) held out where the source has no validation split of its own.
         documents: use so many documents only. examples: use so many training images only, classes evenly.
@@ -79,6 +81,7 @@ class DataSpec:
 
     source: str = "builtin:docs"
     columns: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     length: int = 128
     validation: float = 0.1
@@ -98,6 +101,8 @@ class DataSpec:
         for name in self.columns:
             if name not in COLUMNS:
                 raise unknown(name, COLUMNS, "canonical column in data.columns:")
+        if self.pairs and self.columns:
+            raise BadInput("data.pairs names the columns of prompts and targets: leave data.columns out")
         for name in ("documents", "examples"):
             value = getattr(self, name)
             if value is not None and value < 2:

@@ -41,6 +41,8 @@ def from_tables(name: str, tables: Mapping[str, Any], spec: DataSpec) -> Raw:
     Raises:
         BadInput: a column is missing, or holds what it cannot.
     """
+    if spec.pairs:
+        return Raw("text", name, {split: _paired(table, name, spec) for split, table in tables.items()})
     columns = {canonical: spec.columns.get(canonical, canonical) for canonical in ("text", "image", "label")}
     kinds = {split: _kind(table.column_names, columns, spec, name) for split, table in tables.items()}
     kind: Any = next(iter(kinds.values()))
@@ -83,6 +85,23 @@ def _texts(values: Iterable[Any], labels: np.ndarray | None) -> Rows:
     """Texts; a missing one is empty, and empty ones are dropped unless a label belongs to them."""
     texts = ["" if value is None else str(value) for value in values]
     return Rows(texts=texts if labels is not None else [text for text in texts if text.strip()], labels=labels)
+
+
+def _paired(table: Any, name: str, spec: DataSpec) -> Rows:
+    """A row for each task of each row of the table, in its order; those with an empty prompt or target are dropped."""
+    columns: dict[str, list[str]] = {}
+    for column in {column for pair in spec.pairs.values() for column in pair}:
+        if column not in table.column_names:
+            raise BadInput(f"data.pairs: {name} has no column '{column}'; it has {', '.join(table.column_names)}")
+        columns[column] = ["" if value is None else str(value) for value in table[column]]
+    found = [
+        (columns[prompt][i], columns[target][i], task)
+        for i in range(len(table))
+        for task, (prompt, target) in enumerate(spec.pairs.values())
+        if columns[prompt][i].strip() and columns[target][i].strip()
+    ]
+    prompts, texts, tasks = zip(*found, strict=True) if found else ((), (), ())
+    return Rows(texts=list(texts), prompts=list(prompts), tasks=np.array(tasks, dtype=np.int64))
 
 
 def _labels(splits: dict[str, list[Any]], name: str) -> dict[str, np.ndarray]:
