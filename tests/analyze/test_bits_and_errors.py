@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.edit.quantization.allocation import layer_order
+from layerwise.analyze.scores import layer_order
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.presets import preset

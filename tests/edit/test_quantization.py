@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import layerwise as lw
-from layerwise.edit.quantization.allocation import allocate, layer_order
+from layerwise.analyze.scores import layer_order
+from layerwise.edit.quantization.allocation import allocate
 from layerwise.edit.quantization.engine import Recipe, calibration_rows, enter, quantized_layers, shifted
 from layerwise.edit.quantization.gptq import gptq, rtn
 from layerwise.edit.quantization.moments import Moments, corrected

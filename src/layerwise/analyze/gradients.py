@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -86,6 +87,30 @@ def gradient_variance(
     found = {i: s / seen for i, s in sorted(spread.items())}
     table = Table("Variance of the gradient by layer", ["layer", "variance"], [[i, v] for i, v in found.items()])
     return Findings({"head_variance_share": found.get(model.stack.depth, 0.0) / max(sum(found.values()), 1e-300)}, [table])
+
+
+def mean_gradients(
+    model: nn.Module, data: Any, names: Collection[str], *, samples: int, split: str, batch: int, objective: str
+) -> dict[str, torch.Tensor]:
+    """Gradient of the loss on a split's first `samples` rows (spread evenly), averaged over batches; parameters' own `grad` stays as it is.
+
+    Args:
+        names: of the parameters. Those that the loss does not depend on get zeros.
+    """
+    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
+    generator = torch.Generator(device=model.device).manual_seed(0)  # type: ignore[arg-type]
+    wanted = {n: p for n, p in model.named_parameters() if n in names}
+    sums = {n: torch.zeros_like(p) for n, p in wanted.items()}
+    training, seen = model.training, 0
+    model.eval()
+    for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):  # type: ignore[arg-type]
+        loss = loss_of(model, rows, generator).mean
+        for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True):
+            if gradient is not None:
+                sums[name] += gradient
+        seen += 1
+    model.train(training)
+    return {n: s / max(seen, 1) for n, s in sums.items()}
 
 
 def matrix_gradients(model: nn.Module, matrix: str = "ffn.branch.down.weight") -> dict[int, float]:

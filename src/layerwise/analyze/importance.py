@@ -53,9 +53,10 @@ def neuron_importance(model: Model, data: Any, *, samples: int = 64, split: str 
         with inference(model):
             tokens = 0
             for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):
-                for boundary in record(model, rows, hidden="all", inputs=[0]).stream():
+                boundaries = record(model, rows, hidden="all", inputs=[0]).stream()
+                for boundary in boundaries:
                     stream += boundary.double().abs().flatten(0, -2).sum(dim=0)
-                tokens += rows["input_ids"].numel()
+                tokens += boundaries[0].shape[:-1].numel()
     finally:
         for hook in hooks:
             hook.remove()

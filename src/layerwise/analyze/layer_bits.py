@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from layerwise.analyze.findings import Cell, Findings, Table
-from layerwise.edit.quantization.allocation import By, layer_order
+from layerwise.analyze.scores import By, layer_order
 from layerwise.edit.quantization.quantize import preview_quantize, quantize
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from layerwise.analyze.findings import Cell, Findings, Matrix, Table
@@ -21,8 +21,8 @@ def layer_drop(model: Model, data: Any, *, split: str = "validation", batch: int
     """
     depth = model.stack.depth
     losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
-    whole = losses(0, 0)
-    drops = [losses(i, 1) - whole for i in range(depth)]
+    whole = losses([])
+    drops = [losses([i]) - whole for i in range(depth)]
     table = Table("Loss added by skipping a layer", ["layer", "added loss"], [[i, d] for i, d in enumerate(drops)])
     return Findings({"whole_loss": whole, "layer_drop_mean": sum(drops) / max(depth, 1)}, [table])
 
@@ -38,7 +38,7 @@ def block_drop(
     batch: int = 16,
     batches_at_most: int = 8,
 ) -> Findings:
-    """Loss on a split without the block of `count` layers that a rule would drop (chosen on training rows).
+    """Loss on a split without the `count` layers that a rule would drop (chosen on training rows).
 
     For `random` it is the exact expectation, the mean over all blocks of that length: one draw says little, as a block with
     the first layer in it costs many times more than others.
@@ -46,13 +46,13 @@ def block_drop(
     Metrics: `block_loss`, and `block_loss_added` to the whole model's.
     """
     losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
-    whole = losses(0, 0)
+    whole = losses([])
     if rule == "random":
         preview_drop(model.spec, count=count)
-        starts = list(range(model.stack.depth - count + 1)) if count else [0]
+        blocks = [range(i, i + count) for i in range(model.stack.depth - count + 1)] if count else [range(0)]
+        loss = sum(losses(block) for block in blocks) / len(blocks)
     else:
-        starts = choose_block(model, data, count=count, rule=rule, samples=samples)[:1] or [0]
-    loss = sum(losses(first, count) for first in starts) / len(starts)
+        loss = losses(choose_block(model, data, count=count, rule=rule, samples=samples))
     return Findings({"block_loss": loss, "block_loss_added": loss - whole})
 
 
@@ -86,7 +86,7 @@ def block_sweep(
     grid: list[list[float | None]] = []
     for n in lengths:
         starts = range(depth - n + 1)
-        each = [losses(first, n) for first in starts]
+        each = [losses(range(first, first + n)) for first in starts]
         angular, best = best_block(matrix, n), min(starts, key=each.__getitem__)
         chance = sum(each[generator.choice(starts)] for _ in range(draws)) / draws
         rows.append(
@@ -96,18 +96,18 @@ def block_sweep(
     columns = ["layers dropped", "angular: first", "angular", "deepest", "shallowest", "random", "best: first", "best", "regret of angular"]
     regret = [float(row[-1] or 0) for row in rows]
     return Findings(
-        {"whole_loss": losses(0, 0), "angular_regret_mean": sum(regret) / len(regret)},
+        {"whole_loss": losses([]), "angular_regret_mean": sum(regret) / len(regret)},
         [Table("Validation loss without a block", columns, rows)],
         [Matrix("Validation loss without a block", "first layer", "layers dropped", list(range(depth)), list(lengths), grid)],
     )
 
 
 class _Losses:
-    """Loss on a split without `count` layers from `first` on, by running the path around them."""
+    """Loss on a split without some layers, by running the path around them."""
 
     def __init__(self, model: Model, data: Any, **options: Any) -> None:
         self.model, self.data, self.options = model, data, options
 
-    def __call__(self, first: int, count: int) -> float:
-        path = [i for i in range(self.model.stack.depth) if not first <= i < first + count]
+    def __call__(self, gone: Collection[int]) -> float:
+        path = [i for i in range(self.model.stack.depth) if i not in gone]
         return language_modeling(self.model, self.data, **self.options, path=path).metrics["val_loss"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from layerwise.analyze.scores import Score, layer_order
 from layerwise.analyze.similarity import best_block, distances
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
@@ -14,7 +15,7 @@ from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.stack.surgery import keep
 
-Rule = Literal["angular", "deepest", "random", "shallowest", "best"]
+Rule = Literal["angular", "deepest", "random", "shallowest", "best", Score]
 
 
 def choose_block(
@@ -27,20 +28,23 @@ def choose_block(
     split: str = "train",
     seed: int | None = None,
 ) -> list[int]:
-    """The block of `count` neighbouring layers that a rule would drop.
+    """The `count` layers that a rule would drop: a block of neighbours or, by a score, the least important ones wherever they stand.
 
     Args:
         rule: `angular`: the stream turns least over it; `deepest`: the highest layers except the last, which is never
             dropped; `random`: a block drawn with `seed`; `shallowest`: from layer 1 on; `best`: the block without which
-            the loss on `split` is lowest, found by trying all.
-        samples: rows that `angular` and `best` look at.
+            the loss on `split` is lowest, found by trying all; any score of `layerwise.analyze.scores`: those with the lowest.
+        samples: rows that `angular`, `best` and scores look at.
 
-    Source: Gromov et al. 2024, section 3.2 and the simpler strategy of section 4.4 (arXiv 2403.17887).
+    Sources: Gromov et al. 2024, section 3.2 and the simpler strategy of section 4.4 (arXiv 2403.17887); Men et al. 2024, "ShortGPT"
+    (arXiv 2403.03853), whose block influence is `token-modification`.
     """
     preview_drop(model.spec, count=count, rule=rule)
     depth = model.stack.depth
     if not count:
         return []
+    if rule in get_args(Score):
+        return sorted(layer_order(model, data, rule, reverse=True, samples=samples, split=split)[:count])  # type: ignore[arg-type]
     starts = range(depth - count + 1)
     if rule == "angular":
         first = best_block(distances(model, data, split=split, samples=samples), count)
@@ -72,7 +76,7 @@ def drop_layers(
     split: str = "train",
     seed: int | None = None,
 ) -> Model:
-    """The model without some layers: those named in `layers`, or the block of `count` that `choose_block` finds.
+    """The model without some layers: those named in `layers`, or the `count` that `choose_block` finds.
 
     The kept layers are shared with the given model, unchanged; caches and positions count anew by themselves.
 

@@ -47,6 +47,7 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "block-sweep": ("whole_loss", "angular_regret_mean"),
     "gradient-norms": ("grad_norm_variation",),
     "gradient-variance": ("head_variance_share",),
+    "group-importance": ("upper_half_share",),
     "inspect": ("angular_distance_mean", "angular_distance_deep", "grad_norm_variation", "params", "flops_per_*"),
     "layer-importance": ("first_last_top",),
     "quantization-error": ("stream_error",),

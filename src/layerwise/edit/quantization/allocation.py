@@ -2,30 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
-from typing import Any, Literal
 
-from layerwise.analyze.scores import layer_scores
 from layerwise.errors import BadInput
-from layerwise.models.model import Model
-
-By = Literal[
-    "input-modification", "token-modification", "z-score", "absolute-z-score", "angular-distance", "taylor", "gradient-norm", "random"
-]
-
-
-def layer_order(
-    model: Model, data: Any, by: By, *, reverse: bool = False, samples: int = 64, split: str = "train", seed: int = 0
-) -> list[int]:
-    """The layers, the most important first (`reverse`: the least), by a score of the model as it is."""
-    depth = model.stack.depth
-    if by == "random":
-        order = random.Random(seed).sample(range(depth), depth)
-    else:
-        score = layer_scores(model, data, by, samples=samples, split=split)
-        order = sorted(range(depth), key=lambda i: (-score[i], i))
-    return order[::-1] if reverse else order
 
 
 def allocate(order: Sequence[int], high: int, low: int, mean: float) -> list[int]:

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import torch
 
+from layerwise.analyze.scores import By, layer_order
 from layerwise.edit.linears import with_layers
-from layerwise.edit.quantization.allocation import By, allocate, layer_order
+from layerwise.edit.quantization.allocation import allocate
 from layerwise.edit.quantization.engine import Quantized, quantized_layers, recipe_of
 from layerwise.edit.quantization.rotation import Rotation, preview_rotate
 from layerwise.edit.quantization.rotation import rotate as turn
