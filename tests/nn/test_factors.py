@@ -1,0 +1,47 @@
+"""Two thin matrices in place of one: what is lost is what theory says, and no other pair loses less."""
+
+import pytest
+import torch
+
+from layerwise.nn.linears.factors import activation_scales, svd_factors
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_what_is_lost_is_the_singular_values_left_out(weight: torch.Tensor) -> None:
+    b, a = svd_factors(weight, 5)
+    assert b.shape == (12, 5)
+    assert a.shape == (5, 20)
+    lost = torch.linalg.svdvals(weight)[5:].square().sum()
+    torch.testing.assert_close((weight - b @ a).square().sum(), lost)
+
+
+def test_of_full_rank_nothing_is_lost(weight: torch.Tensor) -> None:
+    for scales in (None, torch.rand(20, generator=torch.Generator().manual_seed(1)) + 0.1):
+        b, a = svd_factors(weight, 12, scales)
+        torch.testing.assert_close(b @ a, weight)
+
+
+def test_equal_scales_are_no_scales(weight: torch.Tensor) -> None:
+    b, a = svd_factors(weight, 5)
+    d, c = svd_factors(weight, 5, torch.full((20,), 3.0))
+    torch.testing.assert_close(d @ c, b @ a)
+
+
+def test_scales_decide_what_is_nearest(weight: torch.Tensor) -> None:
+    """The scaled error is the smallest possible: below that of the plain factors and of any nearby pair, and as Eckart and Young say."""
+    scales = activation_scales(torch.rand(20, generator=torch.Generator().manual_seed(1)) * 4).double()
+    b, a = svd_factors(weight, 5, scales)
+
+    def lost(b: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        return ((weight - b @ a) * scales).square().sum()
+
+    torch.testing.assert_close(lost(b, a), torch.linalg.svdvals(weight * scales)[5:].square().sum())
+    assert lost(b, a) < lost(*svd_factors(weight, 5))
+    nudge = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        moved = [t + 0.01 * torch.randn(t.shape, generator=nudge, dtype=t.dtype) for t in (b, a)]
+        assert lost(b, a) < lost(*moved)
