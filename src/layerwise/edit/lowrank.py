@@ -1,0 +1,178 @@
+"""Matrices of a trained model as products of two thin ones."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.edit.adapt import Role
+from layerwise.edit.linears import with_layers
+from layerwise.edit.quantization.engine import calibration_rows
+from layerwise.errors import BadInput
+from layerwise.evaluate.batches import inference
+from layerwise.models.model import Model, rebuilt
+from layerwise.models.spec import ModelSpec
+from layerwise.nn.linear import Dense
+from layerwise.nn.linears.factors import activation_scales, svd_factors
+from layerwise.nn.linears.lowrank import LowRank
+from layerwise.stack.spec import LayerSpec, LinearSpec
+
+By = Literal["svd", "inputs", "random"]
+
+
+def factorize(
+    model: Model,
+    data: Any = None,
+    *,
+    ratio: float | Sequence[float | None] | None = None,
+    rank: int | Sequence[int | None] | None = None,
+    by: By = "svd",
+    roles: Sequence[Role] | None = None,
+    least: int = 10,
+    samples: int = 64,
+    batch: int = 8,
+    split: str = "train",
+    seed: int | None = None,
+) -> Model:
+    """The model with W = B A in place of the matrices of its layers; what is not factorized is shared with the given model.
+
+    A matrix (out, in) gets rank floor(out in / (ratio (out + in))), so that its factors have 1/ratio of its numbers or a little less: a
+    square one a quarter of its width at ratio 2. One whose rank would be 0 stays as it is. Biases stay. Embedding,
+    norms and head are not touched. The result trains, is saved and is described like any model; the edit `merge` multiplies out.
+
+    Args:
+        ratio: how many times fewer numbers, of all layers or for each (None there: that layer stays).
+        rank: of every matrix instead of a ratio (or all it has, if that is less), of all layers or for each.
+        by: `svd`, the nearest product; `inputs`, the nearest as inputs are scaled (`layerwise.nn.linears.factors`), measured on
+            `samples` rows of `split`, `batch` at a time; `random`, untrained factors of the same shapes, for comparison.
+        roles: which matrices (None: all). least: matrices with fewer outputs stay.
+        seed: of the calibration rows, or of random factors.
+
+    Raises:
+        BadInput: neither or both of ratio and rank, values that mean nothing, lists of another length, or layers that are not dense.
+
+    Source: Guo et al. 2024, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation" (arXiv 2310.10700), section 3.1.
+    Queries, keys and values have matrices of their own here, as in its ALBEF; where one matrix holds all three (its DeiT and Swin) the
+    same ratio gives one factor of rank 3/2 of these.
+    """
+    new = rebuilt(model, preview_factorize(model.spec, ratio=ratio, rank=rank, by=by, roles=roles, least=least))
+    generator = torch.Generator(device=model.device).manual_seed(seed or 0)
+    places = {name: m for name, m in new.named_modules() if isinstance(m, LowRank) and type(model.get_submodule(name)) is Dense}
+    scales = _scales(model, data, list(places), samples, batch, split, seed or 0) if by == "inputs" else {}
+    std = getattr(model.spec.stack, "init_std", 0.02)
+    for name, module in places.items():
+        weight: Any = model.get_submodule(name).weight
+        if by == "random":
+            bias, module.bias = module.bias, None
+            module.to_empty(device=weight.device).to(weight.dtype).initialize(std, generator)  # type: ignore[operator]
+            module.bias = bias
+            continue
+        b, a = svd_factors(weight.detach(), module.factor_a.shape[0], scales.get(name))
+        module.factor_a, module.factor_b = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
+    return new
+
+
+def preview_factorize(
+    spec: ModelSpec,
+    *,
+    ratio: float | Sequence[float | None] | None = None,
+    rank: int | Sequence[int | None] | None = None,
+    by: By = "svd",
+    roles: Sequence[Role] | None = None,
+    least: int = 10,
+    **_: Any,
+) -> ModelSpec:
+    """What `factorize` makes of a model's description."""
+    if (ratio is None) == (rank is None):
+        raise BadInput(f"factorize needs a ratio or a rank, and not both; got {ratio} and {rank}")
+    for value in ratio if isinstance(ratio, Sequence) else [ratio]:
+        if value is not None and not value > 1:
+            raise BadInput(f"ratio is how many times fewer numbers the factors have than the matrix, above 1; it is {value}")
+    for value in rank if isinstance(rank, Sequence) else [rank]:
+        if value is not None and value < 1:
+            raise BadInput(f"rank is at least 1; it is {value}")
+    depth = spec.stack.depth + (spec.decoder.depth if spec.decoder is not None else 0)
+    ratios, ranks = iter(_each(ratio, depth, "ratio")), iter(_each(rank, depth, "rank"))
+
+    def thin(layer: LayerSpec) -> LayerSpec:
+        c, r = next(ratios), next(ranks)
+        if c is None and r is None:
+            return layer
+        other = [s.kind for s in layer.linears.values() if s.kind != "dense"]
+        if other:
+            raise BadInput(f"this model has {other[0]} linears; dense ones are factorized: merge them first (edit: merge)")
+        linears = dict(layer.linears)
+        for role, (outer, inner) in sizes(layer).items():
+            kept = rank_for(outer, inner, c) if c is not None else min(int(r or 0), outer, inner)
+            if kept and outer >= least and (roles is None or role in roles):
+                linears[role] = LinearSpec("low-rank", rank=kept)
+        return dataclasses.replace(layer, linears=linears)
+
+    made = with_layers(spec, thin, "factorize")
+    stacks = [(before, after) for before, after in ((spec.stack, made.stack), (spec.decoder, made.decoder)) if before is not None]
+    if all(before.layers == after.layers for before, after in stacks if after is not None):
+        raise BadInput("factorize would leave every matrix as it is: give a smaller ratio, a smaller rank, or other roles")
+    return made
+
+
+def rank_for(outer: int, inner: int, ratio: float) -> int:
+    """floor(out in / (ratio (out + in))): with it the two factors have at most 1/ratio of the matrix's numbers."""
+    return int(outer * inner / (ratio * (outer + inner)))
+
+
+def sizes(layer: LayerSpec) -> dict[str, tuple[int, int]]:
+    """Role -> (out, in) of every matrix of a resolved attention layer.
+
+    Raises:
+        BadInput: the layer mixes positions by something else.
+    """
+    if layer.mixer != "attention":
+        raise BadInput(f"the matrices of attention layers are known by role; this layer's mixer is {layer.mixer}")
+    width, size, ffn = layer.width, layer.head_dim, layer.ffn_width
+    assert width and size and ffn and layer.kv_heads
+    heads, kv = layer.heads * size, layer.kv_heads * size
+    attention = {"q": (heads, width), "k": (kv, width), "v": (kv, width), "o": (width, heads)}
+    found = {**attention, **({"gate": (ffn, width)} if layer.gated else {}), "up": (ffn, width), "down": (width, ffn)}
+    return found | ({f"cross.{role}": shape for role, shape in attention.items()} if layer.cross else {})
+
+
+def _each(value: Any, depth: int, what: str) -> list[Any]:
+    """One value for each layer, an encoder's before a decoder's."""
+    if not isinstance(value, Sequence):
+        return [value] * depth
+    if len(value) != depth:
+        raise BadInput(f"{what} is one number, or one for each of {depth} layers; got {len(value)}")
+    return list(value)
+
+
+def _scales(model: Model, data: Any, names: list[str], samples: int, batch: int, split: str, seed: int) -> dict[str, Tensor]:
+    """How much each input of the named linears counts, from its mean absolute value over the real positions of some rows."""
+    if data is None:
+        raise BadInput("factorize by inputs looks at data: give some, or use by: svd")
+    sums: dict[str, Tensor] = {}
+    real: list[Tensor | None] = [None]
+
+    def watch(name: str):
+        def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            x = given[0].float().abs()
+            if real[0] is not None and real[0].shape == x.shape[:2]:
+                x = x * real[0][..., None]
+            sums[name] = sums.get(name, 0) + x.flatten(0, -2).sum(dim=0)
+
+        return see
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
+    try:
+        with inference(model):
+            for rows in calibration_rows(data, samples, batch, split, 1, seed, model.device):
+                real[0] = rows.get("attention_mask")
+                model(rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    # Only proportions matter, and a mean of 1 keeps the smallest addend small.
+    return {name: activation_scales(total / total.mean().clamp(min=1e-12)) for name, total in sums.items()}
