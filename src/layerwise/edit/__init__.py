@@ -28,7 +28,10 @@ EDITS = {
     "pack-binary": "layerwise.edit.binary:pack_binary",
     "quantize": "layerwise.edit.quantization.quantize:quantize",
     "quantize-nf4": "layerwise.edit.linears:quantize_nf4",
+    "calibrate-routes": "layerwise.edit.routes:calibrate_routes",
     "rotate": "layerwise.edit.quantization.rotation:rotate",
+    "route-layers": "layerwise.edit.routes:route_layers",
+    "settle-routes": "layerwise.edit.routes:settle_routes",
     "subclone": "layerwise.edit.cloning:subclone",
 }
 
@@ -51,7 +54,10 @@ PREVIEWS = {
     "pack-binary": "layerwise.edit.binary:preview_pack",
     "quantize": "layerwise.edit.quantization.quantize:preview_quantize",
     "quantize-nf4": "layerwise.edit.linears:preview_nf4",
+    "calibrate-routes": "layerwise.edit.routes:preview_calibrate",
     "rotate": "layerwise.edit.quantization.rotation:preview_rotate",
+    "route-layers": "layerwise.edit.routes:preview_route",
+    "settle-routes": "layerwise.edit.routes:preview_settle",
     "subclone": "layerwise.edit.cloning:preview_subclone",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,

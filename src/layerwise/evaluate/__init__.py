@@ -8,6 +8,7 @@ from layerwise.table import member
 
 EVALUATIONS = {
     "chain-search": "layerwise.evaluate.chains:chain_search",
+    "continuation": "layerwise.evaluate.continuation:continuation",
     "early-exits": "layerwise.evaluate.exits:early_exits",
     "self-speculation": "layerwise.evaluate.exits:self_speculation",
     "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",

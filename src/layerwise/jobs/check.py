@@ -53,13 +53,26 @@ NEEDS_HEAD = {
     "ghn": "parameters",
     "ghn-start": "parameters",
     "layer-drop": "lm",
+    "router-lm": "lm",
+    "continuation": "lm",
     "early-exit-lm": "lm",
     "early-exits": "lm",
     "self-speculation": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",
 }
-CAUSAL = ("causal-lm", "language-modeling", "layer-drop", "block-drop", "block-sweep", "early-exit-lm", "early-exits", "self-speculation")
+CAUSAL = (
+    "causal-lm",
+    "language-modeling",
+    "layer-drop",
+    "block-drop",
+    "block-sweep",
+    "early-exit-lm",
+    "early-exits",
+    "self-speculation",
+    "router-lm",
+    "continuation",
+)
 """Stages that score the next token."""
 
 
@@ -176,7 +189,10 @@ def _starting_spec(plan: Plan) -> ModelSpec:
 
 
 def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
-    checked_options(lookup(OBJECTIVES, train.objective, "objective"), train.options, "options")
+    objective = lookup(OBJECTIVES, train.objective, "objective")
+    checked_options(objective, train.options, "options")
+    if (check := getattr(objective, "check", None)) is not None:
+        check(spec)
     check_options(train.optimizer)
     _check_optimizer(train.optimizer)
     for key in train.optimizer.depth_lr:
@@ -228,6 +244,8 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput("masked-lm needs layers that see both sides; this model's are causal")
     if isinstance(spec.stack, PlainStackSpec) and need == "lm":
         raise BadInput(f"{stage.what} reads text; this model reads images")
+    if stage.what == "continuation" and not plan.data.pairs:
+        raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
     if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{stage.what} needs data with labels; {plan.data.source} has none")
 

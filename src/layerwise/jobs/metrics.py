@@ -22,6 +22,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "hidden-distillation": (),
     "logit-distillation": (),
     "masked-lm": (),
+    "router-lm": (),
     "mono-forward": ("goodness_sum_accuracy", "last_readout_accuracy"),
 }
 POLICIES: dict[str, tuple[str, ...]] = {
@@ -67,6 +68,17 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
         "distinct_layers",
         "evaluations",
         "usage_entropy",
+    ),
+    "continuation": (
+        "bleu",
+        "bleu_1",
+        "*_bleu",
+        "*_bleu_1",
+        "token_accuracy",
+        "val_loss",
+        "layers_run",
+        "tokens_per_second",
+        "task_distance",
     ),
     "early-exits": ("exit_loss", "val_loss", "exit_gap"),
     "ensemble-accuracy": ("accuracy", "accuracy_here", "accuracy_there"),

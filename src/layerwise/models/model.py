@@ -125,7 +125,7 @@ class Model(nn.Module):
 
         Args:
             batch: `input_ids` (b, s) with optional `attention_mask` (b, s, or b, past + s with a cache; 1 = real),
-                `position_ids`, `segment_ids` (document of each packed position) and `token_type_ids`; or `pixel_values`
+                `position_ids`, `segment_ids` (document of each packed position), `prompt_mask` (1 = prompt) and `token_type_ids`; or `pixel_values`
                 (b, c, h, w), with optional `bool_masked_pos` (b, patches; True = hidden) for patches; or
                 the nodes of graphs (`layerwise.models.graph.graph_batch`); or
                 `input_values` (b, samples) with optional `attention_mask` (b, samples) and `mask_time_indices` (b, frames; True = hidden);
@@ -179,7 +179,9 @@ class Model(nn.Module):
         ids = batch["input_ids"]
         mask = _mask(batch.get("attention_mask"))
         positions = token_positions(ids, mask, batch.get("position_ids"), cache)
-        ctx = Context(positions=positions, segments=batch.get("segment_ids"), cache=cache, **context)
+        ctx = Context(
+            positions=positions, segments=batch.get("segment_ids"), prompt=_mask(batch.get("prompt_mask")), cache=cache, **context
+        )
         if positions is None:
             past = cache.length if cache is not None else 0
             positions = torch.arange(past, past + ids.shape[1], device=ids.device)[None]

@@ -19,11 +19,19 @@ class Cache:
     A slot may hold fewer entries than another (a layer that was skipped for some positions); every entry remembers its
     position and when it was written, so masks and `crop` stay right.
 
+    A slot of a layer that some rows of the batch skip holds the other rows only (`decisions`).
+
     Buffers double when they are full, so appending costs amortized constant time. Keys and values are (b, h, length, d).
+
+    Attributes:
+        length: positions seen. first: those of the first pass, the prompt.
+        decisions: for slots of layers that sequences may skip, the rows of the batch that run them, rising; None: all.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.first = 0
+        self.decisions: dict[Slot, Tensor | None] = {}
         self._buffers: dict[Slot, tuple[Tensor, Tensor]] = {}
         self._positions: dict[Slot, Tensor] = {}
         self._times: dict[Slot, list[int]] = {}
@@ -42,6 +50,7 @@ class Cache:
 
     def advance(self, steps: int) -> None:
         """Announce that a pass over `steps` new positions begins."""
+        self.first = self.first or steps
         self.length += steps
 
     def append(
@@ -93,13 +102,37 @@ class Cache:
             old = self._positions[slot]
             self._positions[slot] = short.setdefault((id(old), len(times)), old[:, : len(times)])
         self._joined = None
+        if not self.length:  # the next prompt may be of other rows
+            self.first = 0
+            for store in (self.decisions, self._buffers, self._positions, self._times):
+                store.clear()  # type: ignore[attr-defined]
+
+    def keep(self, slot: Slot, rows: Int[Tensor, " k"]) -> None:
+        """Keep in one slot only what belongs to the rows `rows`."""
+        if not len(rows):
+            for store in (self._buffers, self._positions, self._times):
+                store.pop(slot, None)  # type: ignore[attr-defined]
+        elif slot in self._buffers:
+            key, value = self._buffers[slot]
+            self._buffers[slot] = key.index_select(0, rows), value.index_select(0, rows)
+            if self._positions[slot].shape[0] > 1:
+                self._positions[slot] = self._positions[slot].index_select(0, rows)
+        self._joined = None
 
     def reorder(self, rows: Int[Tensor, " b"]) -> None:
         """Keep the batch rows `rows`, in that order (beams, finished sequences)."""
+        within: dict[Slot, Tensor] = {}
+        for slot, held in self.decisions.items():
+            if held is not None:
+                place = torch.searchsorted(held, rows).clamp(max=max(len(held) - 1, 0))
+                runs = held[place] == rows if len(held) else torch.zeros_like(rows, dtype=torch.bool)
+                within[slot] = place[runs]
+                self.decisions[slot] = runs.nonzero().squeeze(1)
         for store in (self._buffers, self._memory):
-            store.update({s: (k.index_select(0, rows), v.index_select(0, rows)) for s, (k, v) in store.items()})
-        same: dict[int, Tensor] = {}
+            store.update({s: (k.index_select(0, r), v.index_select(0, r)) for s, (k, v) in store.items() for r in (within.get(s, rows),)})
+        same: dict[tuple[int, int | None], Tensor] = {}
         for slot, positions in self._positions.items():
             if positions.shape[0] > 1:
-                self._positions[slot] = same.setdefault(id(positions), positions.index_select(0, rows))
+                key = (id(positions), slot[0] if slot in within else None)
+                self._positions[slot] = same.setdefault(key, positions.index_select(0, within.get(slot, rows)))
         self._joined = None

@@ -7,6 +7,7 @@ OBJECTIVES = {
     "early-exit-lm": "layerwise.objectives.early_exit:EarlyExit",
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "ghn": "layerwise.objectives.ghn:GraphHyperNetwork",
+    "router-lm": "layerwise.objectives.routing:RouterLM",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "distilled-masked-lm": "layerwise.objectives.masked_distill:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",

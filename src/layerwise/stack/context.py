@@ -34,6 +34,7 @@ class Context:
     Attributes:
         positions: (1 or b, s) position of every query; `PAD` where there is padding. None: counted on from the cache.
         segments: (b, s) document number of every position in a packed row; attention stays inside a document.
+        prompt: (b, s) True where a position is of the prompt, for routers that decide by it. None: what a cache sees first, or everything.
         memory: (b, m, width) what cross-attention looks at, and memory_mask (b, m), True where it is real.
         cache: keys and values of earlier positions.
         path: the layers to run, in order; None runs each once. `[0, 1, 1, 3]` loops layer 1 and skips layer 2. Or one path a row.
@@ -46,6 +47,7 @@ class Context:
 
     positions: Int[Tensor, "b s"] | None = None
     segments: Int[Tensor, "b s"] | None = None
+    prompt: Bool[Tensor, "b s"] | None = None
     memory: Float[Tensor, "b m width"] | None = None
     memory_mask: Bool[Tensor, "b m"] | None = None
     cache: Cache | None = None
@@ -86,7 +88,7 @@ class Context:
         rows = tokens.shape[0]
         chosen = {
             name: value.expand(rows, -1).gather(1, tokens)
-            for name in ("positions", "segments")
+            for name in ("positions", "segments", "prompt")
             if (value := getattr(self, name)) is not None
         }
         if self.condition is not None and self.condition.dim() == 3:
@@ -97,7 +99,7 @@ class Context:
     def rows(self, index: Int[Tensor, " k"]) -> Context:
         """The context of some rows of the batch."""
         chosen = {}
-        for name in ("positions", "segments", "memory", "memory_mask", "condition"):
+        for name in ("positions", "segments", "prompt", "memory", "memory_mask", "condition"):
             value = getattr(self, name)
             if value is not None and value.shape[0] > 1:
                 chosen[name] = value[index]

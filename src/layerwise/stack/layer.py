@@ -13,6 +13,7 @@ from layerwise.nn.ffn import FeedForward
 from layerwise.nn.gates import StreamGate
 from layerwise.nn.norms import make_norm
 from layerwise.nn.residual import Residual
+from layerwise.nn.sequence_router import SequenceRouter
 from layerwise.stack.spec import LayerSpec, StackSpec
 from layerwise.table import lookup
 
@@ -39,8 +40,12 @@ class Layer(nn.Module):
         self.cross = Residual(Attention(spec, cross=True), spec) if spec.cross else None
         self.ffn = Residual(FeedForward(spec), spec, gain=spec.residual_gain)
         self.gate = StreamGate(preserve=spec.stream_gate == "gpas") if spec.stream_gate else None
+        self.router = SequenceRouter(spec.width, spec.router) if spec.router is not None and spec.width else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
+        return self._whole(x, ctx, slot) if self.router is None else self.router.gated(x, ctx, slot, self._whole)
+
+    def _whole(self, x: Tensor, ctx: Context, slot: Slot) -> Tensor:
         if self.spec.parallel:
             x = x + self.mixer.change(x, ctx, slot) + self.ffn.change(x)
             return x if self.gate is None else self.gate(x)
@@ -56,6 +61,8 @@ class Layer(nn.Module):
                 branch.initialize(std, write_std, depth, generator)
         if self.gate is not None:
             nn.init.zeros_(self.gate.alpha)
+        if self.router is not None:
+            self.router.initialize()
 
 
 def make_final_norm(spec: Any) -> nn.Module | None:

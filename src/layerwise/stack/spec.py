@@ -71,6 +71,33 @@ class LinearSpec:
 
 
 @dataclass(frozen=True)
+class RouterSpec:
+    """A linear map from the stream that enters a layer to one logit a token, which decides what of the layer runs.
+
+    Attributes:
+        decides: `layer`: for each sequence, from its prompt, whether the whole layer runs (`layerwise.nn.sequence_router`).
+        bias: initial value of a trained bias (None: no bias). The weight starts at zero.
+        threshold: for layer: it runs where the mean of sigmoid(logit / temperature) over the prompt is above this. temperature: below 1
+            pushes that towards 0 and 1.
+        full_prefill: for layer: it runs for every prompt, and is skipped behind it.
+    """
+
+    decides: Literal["layer"] = "layer"
+    bias: float | None = None
+    threshold: float = 0.5
+    temperature: float = 1.0
+    full_prefill: bool = False
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1 or self.temperature <= 0:
+            raise BadInput(
+                f"a router's threshold lies in [0, 1] and its temperature is above 0; got {self.threshold} and {self.temperature}"
+            )
+
+
+@dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched so that a model reads longer texts than it was first trained on.
 
@@ -133,6 +160,7 @@ class LayerSpec:
             nothing were scaled, `scale` does not.
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
+        router: decides what of the layer runs (None: all of it); see `layerwise.nn.routers`.
         estimator_rank: for binary-attention: rank of its full-precision estimates (0: none).
         linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense, and `*` stands for all
             roles of the layer that are not named.
@@ -175,6 +203,7 @@ class LayerSpec:
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop: float = 0.0
+    router: RouterSpec | None = None
     estimator_rank: int = 1
     linears: dict[str, LinearSpec] = field(default_factory=dict)
 

@@ -34,6 +34,11 @@ def unreadable(spec: ModelSpec | TwoTowersSpec) -> str | None:
         if not isinstance(stack, StackSpec):
             continue
         for i, layer in enumerate(stack.layers):
+            if layer.router is not None:
+                return (
+                    f"layer {i} has a router, and no family runs a layer for some prompts and not for others: settle-routes takes them off where "
+                    "all prompts run the same layers; else export with format layerwise"
+                )
             kinds = [linear.kind for linear in layer.linears.values() if linear.kind != "dense"]
             if kinds:
                 return f"layer {i} has {kinds[0]} linears: merge them first (edit: merge)"

@@ -1,0 +1,45 @@
+"""What the routers of a model decide for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from layerwise.errors import BadInput
+from layerwise.evaluate.batches import inference
+from layerwise.models.model import Model
+from layerwise.nn.sequence_router import GATING, Gating
+from layerwise.stack.spec import StackSpec
+
+
+def routed_layers(spec: Any, what: str) -> list[int]:
+    """The layers whose router decides about the whole layer.
+
+    Raises:
+        BadInput: there is none, so `what` has nothing to work on.
+    """
+    stack = getattr(spec, "stack", None)
+    layers = stack.layers if isinstance(stack, StackSpec) else ()
+    found = [i for i, layer in enumerate(layers) if layer.router is not None and layer.router.decides == "layer"]
+    if not found:
+        raise BadInput(f"{what} needs a model with routers: attach them first (edit: route-layers)")
+    return found
+
+
+def decisions(model: Model, batch: Mapping[str, Any]) -> Bool[Tensor, "b depth"]:
+    """Which layers each row of `batch` runs; without routers, all."""
+    if model.causal and "prompt_mask" in batch:  # nothing behind the prompt has a say
+        length = int(batch["prompt_mask"].any(dim=0).nonzero().max()) + 1
+        batch = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "prompt_mask") if name in batch}
+    ids = batch["input_ids"]
+    made = torch.ones(len(ids), model.stack.depth, dtype=torch.bool, device=ids.device)
+    gating = Gating()
+    with inference(model):
+        model(batch, extras={GATING: gating})
+    for i, mean in gating.means.items():
+        made[:, i] = mean > model.stack.layers[i].spec.router.threshold
+    return made
