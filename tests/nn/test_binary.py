@@ -26,13 +26,13 @@ def _elastic(alpha, signed=True):
     return made
 
 
-def _bert(binary=True, rank=1):
+def _bert(binary=True, rank=1, embedding=True):
     data = preset("bert")
     data["stack"] |= {"depth": 2, "width": 32}
     data["stack"]["layer"] |= {"heads": 4}
     data["embedding"] |= {"vocab": 50}
     model = build(model_spec(data)).eval()
-    return lw.edit.binarize(model, estimator_rank=rank) if binary else model
+    return lw.edit.binarize(model, estimator_rank=rank, embedding=embedding) if binary else model
 
 
 def test_1_2_4_7_weights_have_two_values_scaled_by_mean_magnitude_and_pass_gradients_through():
@@ -138,3 +138,87 @@ def test_training_starts_from_the_teachers_weights_and_the_given_model_stays():
     assert isinstance(first, Binary) and torch.equal(first.weight, teacher.stack.layers[0].mixer.branch.q.weight)
     student({"input_ids": IDS}).logits.square().mean().backward()
     assert all(p.grad is not None for p in first.parameters())
+
+
+def test_token_vectors_have_two_values_a_row_and_a_tied_head_reads_the_full_ones():
+    teacher, student = _bert(binary=False), _bert()
+    table = student.embedding.tokens
+    assert torch.equal(table.weight, teacher.embedding.tokens.weight)
+    made = table(torch.arange(50))
+    assert torch.equal(made.abs(), table.weight.abs().mean(dim=1, keepdim=True).expand_as(made))
+    assert torch.equal(made > 0, table.weight - table.weight.mean() >= 0)
+    assert student.token_matrix is table.weight
+    table(torch.tensor([[3, 3]])).sum().backward()
+    assert torch.equal(table.weight.grad[3], torch.full((32,), 2.0)) and table.weight.grad.count_nonzero() == 32
+    assert isinstance(_bert(embedding=False).embedding.tokens, torch.nn.Embedding)
+
+
+def test_a_binary_pooler_adds_its_norm_to_what_it_maps_and_a_dense_one_becomes_it():
+    dense = lw.edit.classifier_head(_bert(binary=False), classes=2, pool="first", pooler="dense", seed=1).eval()
+    pooler, h = dense.head.pooler, torch.randn(3, 32)
+    torch.testing.assert_close(pooler(h), torch.tanh(h @ pooler.dense.weight.T + pooler.dense.bias))
+    torch.testing.assert_close(dense({"input_ids": IDS}).logits, dense.head.out(pooler(dense({"input_ids": IDS}).hidden[:, 0])))
+    binary = lw.edit.binarize(dense).head.pooler
+    assert torch.equal(binary.dense.weight, pooler.dense.weight)
+    expected = torch.nn.functional.layer_norm(binary.dense(h), (32,), eps=1e-12) + h
+    torch.testing.assert_close(binary(h), torch.tanh(expected))
+    with pytest.raises(BadInput, match="pooler"):
+        lw.edit.classifier_head(_bert(), classes=2, pool="none", pooler="binary")
+
+
+def test_a_packed_classifier_has_a_bit_a_number_everywhere_and_answers_the_same(tmp_path):
+    model = lw.edit.classifier_head(_bert(), classes=2, pool="first", pooler="binary")
+    logits = model({"input_ids": IDS}).logits
+    packed = lw.edit.pack_binary(model)
+    assert torch.equal(packed({"input_ids": IDS}).logits, logits)
+    assert packed.embedding.tokens.bits.shape == (50, 4) and packed.head.pooler.dense.bits.numel() == 32 * 32 // 8
+    lw.save(packed, tmp_path / "p")
+    assert torch.equal(lw.load(tmp_path / "p")({"input_ids": IDS}).logits, logits)
+    with pytest.raises(BadInput):
+        lw.export(model, tmp_path / "hf", format="hf")
+
+
+def _costs(model, rows):
+    return lw.analyze.operations(model, _Rows(rows), split="validation", batch=2).metrics
+
+
+class _Rows:
+    """Data of which the validation split is `rows`."""
+
+    def __init__(self, rows):
+        self.validation = self
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def batch(self, index):
+        return {"input_ids": self.rows[index]}
+
+
+def test_operations_of_bits_are_those_of_the_dense_network_and_estimates_are_counted_as_numbers():
+    dense, plain, estimated = (lw.edit.classifier_head(m, classes=2) for m in (_bert(binary=False), _bert(rank=0), _bert()))
+    costs = [_costs(m, IDS) for m in (dense, plain, estimated)]
+    assert costs[0]["bit_operations"] == 0 and costs[0]["operations_ratio"] == 1
+    d, s, heads, layers = 32, 10, 4, 2
+    bits = layers * (2 * s * (4 * d * d + 8 * d * d) + 4 * s * s * d)
+    assert costs[1]["bit_operations"] == costs[2]["bit_operations"] == bits
+    assert costs[1]["float_operations"] == costs[0]["float_operations"] - bits
+    extra = layers * (5 * 2 * s * d + 2 * 2 * s * s + 2 * heads * s * s)
+    assert costs[2]["float_operations"] - costs[1]["float_operations"] == extra
+    assert costs[2]["operations"] == costs[2]["float_operations"] + bits / 64
+    packed = lw.edit.pack_binary(estimated)
+    cost = _costs(packed, IDS)
+    assert cost["operations"] == costs[2]["operations"] and cost["bytes_ratio"] > 2 > costs[2]["bytes_ratio"]
+
+
+def test_a_layer_of_berts_size_takes_56_times_fewer_operations_and_a_28th_of_the_memory():
+    data = preset("bert")
+    data["stack"] |= {"depth": 1, "width": 768}
+    data["stack"]["layer"] |= {"heads": 12}
+    data["embedding"] |= {"vocab": 30_522, "max_length": 128}
+    data["head"] = None
+    packed = lw.edit.pack_binary(lw.edit.binarize(build(model_spec(data))))
+    cost = _costs(packed, torch.randint(0, 30_522, (1, 128)))
+    assert 50 < cost["operations_ratio"] < 64  # the paper, with its heads: 56
+    assert 26 < cost["bytes_ratio"] < 32  # and 28

@@ -36,6 +36,17 @@ def test_the_distance_is_the_mean_over_layers_of_the_mean_square(text):
     torch.testing.assert_close(ours.total - plain.total, 3.0 * distance * ours.count, rtol=1e-4, atol=1e-3)
 
 
+def test_the_embedding_counts_among_the_hidden_states(text):
+    model, teacher = _model(text.vocab), _model(text.vocab, seed=1)
+    batch, objective = text.train.batch(torch.arange(4)), DistilledMaskedLM(text, teacher=teacher)
+    made = objective(model, batch, torch.Generator().manual_seed(0))
+    masked, _ = objective.masked(batch, torch.Generator().manual_seed(0))
+    places = torch.arange(masked["input_ids"].shape[1])[None]
+    states = [[m.embedding(masked, places), *m(masked, hiddens=True).hiddens] for m in (model, teacher)]
+    expected = sum(torch.nn.functional.mse_loss(a, b) for a, b in zip(*states, strict=True)) / 3
+    torch.testing.assert_close(torch.as_tensor(made.metrics["distance"] / made.count), expected.detach())
+
+
 @pytest.mark.parametrize("pool", ["mean", "first"])
 def test_a_classifier_on_the_same_stack(text, pool):
     model = _model(text.vocab)

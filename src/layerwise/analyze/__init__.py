@@ -21,6 +21,7 @@ ANALYSES = {
     "bits-curve": "layerwise.analyze.layer_bits:bits_curve",
     "weight-sizes": "layerwise.analyze.sparsity:weight_sizes",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
+    "operations": "layerwise.analyze.binary_cost:operations",
 }
 
 

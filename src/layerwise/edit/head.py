@@ -12,14 +12,21 @@ from layerwise.models.spec import HeadSpec, ModelSpec
 
 
 def classifier_head(
-    model: Model, *, classes: int, pool: Literal["mean", "first", "last"] = "mean", dropout: float = 0.0, seed: int | None = None
+    model: Model,
+    *,
+    classes: int,
+    pool: Literal["mean", "first", "last"] = "mean",
+    pooler: Literal["dense", "binary"] | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Model:
     """The model with a fresh classifier in place of its head; embedding and stack are shared.
 
     Args:
-        classes: number of classes. pool: how positions are reduced. dropout: before the classifier. seed: of its weights.
+        classes: number of classes. pool: how positions are reduced. pooler: what maps the result, see `HeadSpec.pooler`.
+        dropout: before the classifier. seed: of its weights.
     """
-    new = rebuilt(model, preview_classifier(model.spec, classes=classes, pool=pool, dropout=dropout))
+    new = rebuilt(model, preview_classifier(model.spec, classes=classes, pool=pool, pooler=pooler, dropout=dropout))
     head: Any = new.head
     head.to_empty(device=model.device)
     std = getattr(model.spec.stack, "init_std", None)
@@ -28,7 +35,13 @@ def classifier_head(
 
 
 def preview_classifier(
-    spec: ModelSpec, *, classes: int, pool: Literal["mean", "first", "last"] = "mean", dropout: float = 0.0, **_: Any
+    spec: ModelSpec,
+    *,
+    classes: int,
+    pool: Literal["mean", "first", "last"] = "mean",
+    pooler: Literal["dense", "binary"] | None = None,
+    dropout: float = 0.0,
+    **_: Any,
 ) -> ModelSpec:
     """What `classifier_head` makes of a model's description."""
-    return dataclasses.replace(spec, head=HeadSpec("classifier", classes=classes, pool=pool, dropout=dropout, bias=True))
+    return dataclasses.replace(spec, head=HeadSpec("classifier", classes=classes, pool=pool, pooler=pooler, dropout=dropout, bias=True))

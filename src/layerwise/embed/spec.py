@@ -20,8 +20,9 @@ class TokenSpec:
         max_length: number of learned positions. offset: rows of their table before position 0 (RoBERTa, OPT and BART have
             two); padding uses the last of them.
         size: of the vectors before they are projected to the stack's width (None: no projection). ELECTRA's factorization.
-        table: where the token vectors come from: `learned` ones are trained; the others never change, see `layerwise.embed.frozen`:
-            `glyphs`, pictures of the tokens, and `binary`, the digits of their ids.
+        table: where the token vectors come from: `learned` ones are trained, and so are `one-bit` ones, of whose numbers the sign alone is
+            read, times a scale for each token (`one-bit-packed` keeps these and is not trained), see `layerwise.embed.one_bit`; the
+            others never change, see `layerwise.embed.frozen`: `glyphs`, pictures of the tokens, and `binary`, the digits of their ids.
         strings: what is drawn for each token id (for glyphs; filled in when the job runs).
         types: number of token types (BERT's segments); 0 has none.
         scale: multiplies the token vectors (Gemma, T5-style models and the first Transformer use sqrt(width)).
@@ -36,7 +37,7 @@ class TokenSpec:
     max_length: int = 512
     offset: int = 0
     size: int | None = None
-    table: Literal["learned", "glyphs", "binary"] = "learned"
+    table: Literal["learned", "one-bit", "one-bit-packed", "glyphs", "binary"] = "learned"
     strings: tuple[str, ...] = ()
     types: int = 0
     scale: float = 1.0

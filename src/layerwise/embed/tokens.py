@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.embed.frozen import FrozenTable, binary_table, glyph_table
+from layerwise.embed.one_bit import OneBitTable, PackedTable
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.nn.norms import fill_norm, make_norm
 from layerwise.nn.positions import sinusoids
+
+TABLES: dict[str, type[nn.Module]] = {"learned": nn.Embedding, "one-bit": OneBitTable, "one-bit-packed": PackedTable}
 
 
 class TokenEmbedding(nn.Module):
@@ -23,7 +26,7 @@ class TokenEmbedding(nn.Module):
         assert spec.vocab is not None, "the vocabulary size is filled in before a model is built"
         self.spec, self.width = spec, width
         size = spec.size or width
-        self.tokens: Any = nn.Embedding(spec.vocab, size) if spec.table == "learned" else FrozenTable(spec.vocab, size)
+        self.tokens: Any = TABLES.get(spec.table, FrozenTable)(spec.vocab, size)
         self.positions = nn.Embedding(spec.max_length + spec.offset, size) if spec.position == "learned" else None
         self.types = nn.Embedding(spec.types, size) if spec.types else None
         self.norm = make_norm(spec.norm, size, spec.norm_eps) if spec.norm else None
@@ -48,11 +51,14 @@ class TokenEmbedding(nn.Module):
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
         table_std = std if self.spec.std is None else self.spec.std
-        if self.spec.table != "learned":
+        if isinstance(self.tokens, FrozenTable):
             self.tokens.weight.copy_(self._frozen(self.tokens.weight.shape[1]))
-        for table in (self.tokens if self.spec.table == "learned" else None, self.positions, self.types):
-            if table is not None:
+        for table in (self.tokens, self.positions, self.types):
+            if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=table_std, generator=generator)
+        if isinstance(self.tokens, PackedTable):
+            drawn = torch.empty(len(self.tokens.bits), self.tokens.size, device=generator.device)
+            self.tokens.take(drawn.normal_(std=table_std, generator=generator))
         if self.norm is not None:
             fill_norm(self.norm, 1.0)
         if self.project is not None:

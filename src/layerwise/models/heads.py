@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from layerwise.models.spec import HeadSpec
 from layerwise.nn.ffn import activation
+from layerwise.nn.linear import LINEARS
 from layerwise.nn.norms import fill_norm, make_norm
+from layerwise.stack.spec import LinearSpec
+from layerwise.table import lookup
 
 
 def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0, ends: Tensor | None = None) -> Tensor:
@@ -85,6 +88,24 @@ class LMHead(nn.Module):
             nn.init.zeros_(self.bias)
 
 
+class Pooler(nn.Module):
+    """tanh(W h + b) with a dense matrix, as in BERT; tanh(norm(W h + b) + h) with a one-bit one, as in BiPFT: (b, width) -> (b, width)."""
+
+    def __init__(self, kind: str, width: int, eps: float) -> None:
+        super().__init__()
+        self.dense = lookup(LINEARS, kind, "linear")(width, width, True, LinearSpec(kind))
+        self.norm = None if kind == "dense" else make_norm("layernorm", width, eps)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        made = self.dense(pooled)
+        return torch.tanh(made if self.norm is None else self.norm(made) + pooled)
+
+    def initialize(self, std: float, generator: torch.Generator) -> None:
+        self.dense.initialize(std, generator)
+        if self.norm is not None:
+            fill_norm(self.norm, 1.0)
+
+
 class ClassifierHead(nn.Module):
     """Class scores for the pooled input, (b, width) -> (b, classes), or for every position, (b, s, width) -> (b, s, classes), or a vector of it, (b, width) -> (b, size)."""
 
@@ -94,6 +115,7 @@ class ClassifierHead(nn.Module):
         assert outer, "the number of classes is filled in before a model is built"
         self.spec = spec
         self.dropout = nn.Dropout(spec.dropout)
+        self.pooler = Pooler(spec.pooler, width, spec.norm_eps) if spec.pooler is not None else None
         self.norm = make_norm(spec.pool_norm, width, spec.norm_eps) if spec.pool_norm is not None else None
         inner = 2 * width if spec.pool == "first_and_patches" else width
         self.project = nn.Linear(inner, spec.size) if spec.kind == "classifier" and spec.size is not None else None
@@ -104,11 +126,14 @@ class ClassifierHead(nn.Module):
         if self.distilled is not None:  # the mean of both, as at inference in Touvron et al. 2021, "DeiT", section 4
             first, second = self.dropout(pooled).chunk(2, dim=-1)
             return (self.out(first) + self.distilled(second)) / 2
-        pooled = self.dropout(pooled if self.norm is None else self.norm(pooled))
+        pooled = pooled if self.norm is None else self.norm(pooled)
+        pooled = self.dropout(pooled if self.pooler is None else self.pooler(pooled))
         return self.out(pooled if self.project is None else self.project(pooled))
 
     def initialize(self, std: float | None, generator: torch.Generator) -> None:
         """Normal weights with the stack's standard deviation; Xavier's (Glorot and Bengio 2010) where it has none."""
+        if self.pooler is not None:
+            self.pooler.initialize((1 / self.out.in_features) ** 0.5 if std is None else std, generator)
         for linear in (self.project, self.out, self.distilled):
             if linear is None:
                 continue

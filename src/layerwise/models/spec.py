@@ -35,6 +35,8 @@ class HeadSpec:
             the text ends (`end`, CLIP). `none` scores every position (CTC, tagging). Spatial maps use the mean.
         end_token: the token whose first place `end` takes (None: the highest number in the text, as OpenAI's code does).
         pool_norm: a norm on what a classifier pooled, with norm_eps (None: none).
+        pooler: a map of what a classifier pooled, between it and the dropout: `dense`, BERT's tanh(W h + b), or `binary`, BiPFT's
+            tanh(norm(Wb h) + h) with a one-bit matrix (`binary-packed`: the same, kept packed); None: none.
         dropout: before the classifier.
         kernel: rows and columns of the largest convolution that a head of kind parameters makes in one piece.
         shrink: what it divides the initial weights of its last layers by (5 as published; less starts faster).
@@ -52,6 +54,7 @@ class HeadSpec:
     pool: Literal["mean", "first", "last", "patches", "first_and_patches", "distilled", "end", "none"] = "mean"
     end_token: int | None = None
     pool_norm: Norm | None = None
+    pooler: Literal["dense", "binary", "binary-packed"] | None = None
     dropout: float = 0.0
     kernel: int = 11
     shrink: float = 5.0
@@ -65,6 +68,8 @@ class HeadSpec:
             raise BadInput(f"kernel is at least 1 and shrink positive; they are {self.kernel} and {self.shrink}")
         if self.norm_eps < 0:
             raise BadInput(f"norm_eps must be >= 0; it is {self.norm_eps}")
+        if self.pooler is not None and (self.kind != "classifier" or self.pool not in ("mean", "first", "last")):
+            raise BadInput(f"pooler maps the one vector that a classifier pooled; this head is of kind {self.kind} with pool {self.pool}")
         if self.kind == "projection" and self.size is None:
             raise BadInput("a head of kind projection needs head.size, the size of the vectors it makes")
         if self.size is not None and (self.size < 1 or (self.transform is None and self.kind == "lm")):
