@@ -20,6 +20,7 @@ SPECS = {
     "qlora": LinearSpec("qlora", rank=3, alpha=6, double=True),
     "packed": LinearSpec("packed", bits=3, group=8),
     "packed-lora": LinearSpec("packed-lora", bits=4, rank=3, alpha=6),
+    "packed-low-rank": LinearSpec("packed-low-rank", bits=4, rank=3, alpha=6, group=8),
     "loqt": LinearSpec("loqt", rank=3, alpha=0.5),
     "loqt-full": LinearSpec("loqt", rank=3, alpha=0.5, store="full"),
 }

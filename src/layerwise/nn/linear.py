@@ -24,6 +24,7 @@ LINEARS = {
     "qlora": "layerwise.nn.linears.quantized:QLoRA",
     "packed": "layerwise.nn.linears.quantized:Quantized",
     "packed-lora": "layerwise.nn.linears.quantized:QLoRA",
+    "packed-low-rank": "layerwise.nn.linears.packed_factors:PackedLowRank",
     "loqt": "layerwise.nn.linears.loqt:LoQT",
     "binary": "layerwise.nn.linears.binary:Binary",
     "binary-packed": "layerwise.nn.linears.binary:PackedBinary",

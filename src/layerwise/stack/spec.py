@@ -35,7 +35,8 @@ class LinearSpec:
     Attributes:
         kind: an entry of `layerwise.nn.linear.LINEARS`: `dense`; `lora` (dense and frozen, plus a trained low-rank term);
             `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`;
-            `packed` (whole numbers on a grid, frozen) and `packed-lora` (the same plus a trained low-rank term);
+            `packed` (whole numbers on a grid, frozen), `packed-lora` (the same plus a trained low-rank term) and `packed-low-rank`
+            (both factors of a low-rank matrix packed);
             `binary` (one-bit matrix and inputs) and `binary-packed` (the same, frozen, eight weights to a byte).
         rank: rank of the low-rank term, for the kinds that have one.
         alpha: the low-rank term is scaled by `alpha / rank`, None means `alpha = rank`; `loqt` scales by `alpha` itself (None: 1).
@@ -62,7 +63,9 @@ class LinearSpec:
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8) or (self.group is not None and self.group < 1):
             raise BadInput(f"packed weights have 2, 3, 4 or 8 bits and groups of at least 1 input; got {self.bits} and {self.group}")
-        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt", "packed-lora") and (self.rank is None or self.rank < 1):
+        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt", "packed-lora", "packed-low-rank") and (
+            self.rank is None or self.rank < 1
+        ):
             raise BadInput(f"a {self.kind} linear needs rank >= 1; rank is {self.rank}")
         if not 0 < self.density <= 1 or self.block < 1:
             raise BadInput(f"density is in (0, 1] and block >= 1; got {self.density} and {self.block}")

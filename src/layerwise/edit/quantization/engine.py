@@ -20,6 +20,7 @@ from layerwise.edit.quantization.tokens import Tokens, token_scores, token_weigh
 from layerwise.evaluate.batches import inference, split_of
 from layerwise.models.model import Model
 from layerwise.nn.integers import Grid
+from layerwise.nn.linears.lowrank import LowRank
 from layerwise.safetensor import load_tensors, save_tensors
 from layerwise.stack.context import PAD, Context
 
@@ -62,7 +63,8 @@ class Quantized:
     """A layer after quantization.
 
     Attributes:
-        codes: (branch, role) -> codes and grid; empty for a layer that stays as it is.
+        codes: (branch, role) -> codes and grid; of a low-rank matrix both factors, as `role.factor_a` and `role.factor_b`. Empty for a layer
+            that stays as it is.
         layer: a copy with the rounded matrices, dense.
         error: of the stream that leaves it, ||x_full - x||^2 / ||x_full||^2; None when no reference is carried.
     """
@@ -193,6 +195,9 @@ def _quantize_layer(index: int, layer: Any, bits: int, state: _State) -> Quantiz
             linears = {role: m for role in roles if (m := getattr(branch, role, None)) is not None}
             moments = _moments(index, work, original, side, next(iter(linears)), weights, state) if recipe.calibrates else None
             for role, linear in linears.items():
+                if isinstance(linear, LowRank):
+                    codes[side, f"{role}.factor_a"], codes[side, f"{role}.factor_b"] = _rounded_factors(linear, bits, moments, recipe)
+                    continue
                 codes[side, role] = made = _rounded(linear, role, bits, moments, recipe)
                 linear.weight.data = made[1].values(made[0]).to(linear.weight.dtype)
     lost, whole = 0.0, 0.0
@@ -209,15 +214,34 @@ def _rounded(linear: Any, role: str, bits: int, moments: Moments | None, recipe:
     weight = linear.weight.detach().float()
     if moments is not None and recipe.propagate and (role != "down" or recipe.propagate_down):
         weight = corrected(weight, moments.hessian, moments.cross, recipe.propagate, recipe.propagate_damping)
-    if recipe.method == "rtn" or moments is None:
+    return _nearest(weight, bits, None if moments is None else moments.hessian, recipe)
+
+
+def _rounded_factors(linear: LowRank, bits: int, moments: Moments | None, recipe: Recipe) -> tuple[Codes, Codes]:
+    """Both factors rounded, and put into the linear: the second one on what the first, rounded, makes of the inputs.
+
+    Columns of B first get norm 1, and the rows of A, each with a range of its own, take the rest: so one range serves a row of B.
+    """
+    norms = linear.factor_b.detach().float().norm(dim=0).clamp(min=1e-12)
+    a, b = linear.factor_a.detach().float() * norms[:, None], linear.factor_b.detach().float() / norms
+    first = _nearest(a, bits, None if moments is None else moments.hessian, recipe)
+    a = first[1].values(first[0])
+    second = _nearest(b, bits, None if moments is None else a @ moments.hessian @ a.t(), recipe)
+    linear.factor_a.data = a.to(linear.factor_a.dtype)
+    linear.factor_b.data = second[1].values(second[0]).to(linear.factor_b.dtype)
+    return first, second
+
+
+def _nearest(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe) -> Codes:
+    if recipe.method == "rtn" or hessian is None:
         return rtn(weight, bits, **recipe.grid())
-    return gptq(weight, moments.hessian, bits, act_order=recipe.act_order, damping=recipe.damping, **recipe.grid())
+    return gptq(weight, hessian, bits, act_order=recipe.act_order, damping=recipe.damping, **recipe.grid())
 
 
 def _moments(index: int, work: Any, original: Any, side: str, role: str, weights: list[Tensor] | None, state: _State) -> Moments:
     """Second moments of what a group reads. Where the recipe propagates, against what it reads in the full-precision network."""
     linear = getattr(getattr(work, side).branch, role)
-    moments = Moments(linear.in_features, linear.weight.device)
+    moments = Moments(linear.in_features, next(linear.parameters()).device)
     for i, ctx in enumerate(state.contexts):
         x = read_by(work, state.quantized[i], ctx, index, linear)
         full = None

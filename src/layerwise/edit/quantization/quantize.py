@@ -54,6 +54,8 @@ def quantize(
 ) -> Model:
     """The model with the matrices of its layers in 2, 3, 4 or 8 bits, packed and frozen; embedding, norms and head stay as they are.
 
+    Of a low-rank matrix (edit: factorize) both factors are quantized, the second one on what the first makes of the inputs.
+
     Args:
         bits: of every layer, or a list with those of each; 16 leaves a layer as it is.
         method: `rtn` rounds to nearest; `gptq` moves each column's error to later ones.
@@ -94,11 +96,12 @@ def put(layer: Any, made: Quantized) -> None:
     """Give a layer with packed matrices what the engine made of it."""
     if not made.codes:
         return
-    dropped = {f"{side}.branch.{role}.weight" for side, role in made.codes}
+    dropped = {f"{side}.branch.{role}{end}" for side, role in made.codes for end in ("", ".weight")}
     kept = {name: tensor for name, tensor in made.layer.state_dict().items() if name not in dropped}
     layer.load_state_dict(kept, strict=False, assign=True)
     for (side, role), (codes, grid) in made.codes.items():
-        getattr(getattr(layer, side).branch, role).base.put(codes, grid)
+        module = layer.get_submodule(f"{side}.branch.{role}")
+        getattr(module, "base", module).put(codes, grid)  # a factor holds its numbers itself
 
 
 def preview_quantize(
@@ -107,6 +110,7 @@ def preview_quantize(
     bits: int | Sequence[int] = 4,
     group: int | None = None,
     rotate: Rotation | None = None,
+    scale: str | None = None,
     propagate: float = 0.0,
     tokens: Tokens | None = None,
     method: str = "gptq",
@@ -123,6 +127,11 @@ def preview_quantize(
         raise BadInput("tokens weighs second moments, which rtn does not use: set method: gptq or propagate")
     if not 0 <= propagate <= 1:
         raise BadInput(f"propagate is a strength from 0 to 1; it is {propagate}")
+    thin = any(
+        linear.kind == "low-rank" for layer in getattr(spec.stack, "layers", ()) for linear in getattr(layer, "linears", {}).values()
+    )
+    if thin and (rotate is not None or scale is not None or propagate):
+        raise BadInput("rotate, scale and propagate change dense matrices; this model has low-rank linears: leave them out")
     return _packed(preview_rotate(spec) if rotate else spec, _plan(spec, bits, low_bits, mean_bits), group)
 
 
@@ -152,13 +161,18 @@ def _packed(spec: ModelSpec, bits: Sequence[int], group: int | None) -> ModelSpe
     count = iter(bits)
 
     def packed(layer: LayerSpec) -> LayerSpec:
-        other = [s.kind for s in layer.linears.values() if s.kind != "dense"]
-        if other or layer.cross or layer.mixer != "attention":
-            raise BadInput(f"quantize begins from dense attention layers; this model has {other[0] if other else 'others'} (edit: merge)")
         width = next(count)
         if width == 16:
             return layer
+        other = [s.kind for s in layer.linears.values() if s.kind not in ("dense", "low-rank")]
+        if other or layer.cross or layer.mixer != "attention":
+            raise BadInput(f"quantize begins from dense attention layers; this model has {other[0] if other else 'others'} (edit: merge)")
         assert layer.width is not None
-        return dataclasses.replace(layer, linears={"*": LinearSpec("packed", bits=width, group=group)}).resolve(0, 1, layer.width)
+        thin = {
+            role: dataclasses.replace(s, kind="packed-low-rank", bits=width, group=group)
+            for role, s in layer.linears.items()
+            if s.kind == "low-rank"
+        }
+        return dataclasses.replace(layer, linears={"*": LinearSpec("packed", bits=width, group=group), **thin}).resolve(0, 1, layer.width)
 
     return with_layers(spec, packed, "quantize")
