@@ -19,7 +19,9 @@ LIMIT = 1.01
 class _Projected(torch.optim.Optimizer):
     """Hidden matrices with more than `rank` rows and columns are treated in a projection; everything else takes Adam's step.
 
-    A matrix is handled lying down, (short, long) with short <= long; `R` is its gradient's projection, (rank, long).
+    A matrix is handled lying down, (short, long) with short <= long, and a square one on its side, as in the published code of all
+    three; `R` is its gradient's projection, (rank, long). `Adam(R)` is its moments' quotient m / (sqrt(v) + eps) as it is: the bias
+    of both moments is corrected in the step's size, after norms were limited.
     """
 
     by_role = True
@@ -47,25 +49,26 @@ class _Projected(torch.optim.Optimizer):
                     continue
                 state = self.state[p]
                 state["step"] = int(state.get("step", 0)) + 1
-                upright = p.shape[0] > p.shape[1]
+                upright = p.shape[0] >= p.shape[1]
                 update = self._update(p.grad.T if upright else p.grad, state, self._number[p])
                 if decay:
                     p.mul_(1 - lr * decay)
-                p.add_(update.T if upright else update, alpha=-lr * self.scale)
+                first, second = self.betas
+                corrected = lr * (1 - second ** state["step"]) ** 0.5 / (1 - first ** state["step"])
+                p.add_(update.T if upright else update, alpha=-corrected)
         return loss
 
     def _update(self, gradient: Float[Tensor, "short long"], state: dict[str, Any], number: int) -> Float[Tensor, "short long"]:
         raise NotImplementedError
 
     def _moments(self, small: Tensor, state: dict[str, Any]) -> Tensor:
-        """Adam's direction for the projected gradient; its moments stay in `state`."""
+        """Adam's direction for the projected gradient, bias uncorrected; its moments stay in `state`."""
         first, second = self.betas
         if "exp_avg" not in state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(small), torch.zeros_like(small)
         state["exp_avg"].lerp_(small, 1 - first)
         state["exp_avg_sq"].mul_(second).addcmul_(small, small, value=1 - second)
-        step = state["step"]
-        return state["exp_avg"] / (1 - first**step) / ((state["exp_avg_sq"] / (1 - second**step)).sqrt() + self.eps)
+        return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + self.eps)
 
 
 class GaLore(_Projected):
@@ -93,7 +96,7 @@ class GaLore(_Projected):
 
     def _update(self, gradient: Tensor, state: dict[str, Any], number: int) -> Tensor:
         basis = self._basis(gradient, state)
-        return basis @ self._moments(basis.T @ gradient, state)
+        return self.scale * basis @ self._moments(basis.T @ gradient, state)
 
     def _basis(self, gradient: Tensor, state: dict[str, Any]) -> Float[Tensor, "short rank"]:
         if "basis" not in state or (state["step"] - 1) % self.gap == 0:
@@ -105,9 +108,10 @@ class GaLore(_Projected):
 class Fira(GaLore):
     """GaLore, plus what the projection leaves out, scaled column by column as Adam scaled the projection.
 
-    W <- W - lr scale (P N + phi (G - P R)), N = Adam(R), phi_j = |N_j| / |R_j|; the second term's norm grows by at most 1 % a step.
+    W <- W - lr (scale P N + phi (G - scale P R)), N = Adam(R), phi_j = |N_j| / |R_j|; the second term's norm grows by at most 1 %
+    a step.
 
-    Source: Chen et al. 2024, "Fira", equations 6-9 (arXiv 2410.01623).
+    Source: Chen et al. 2024, "Fira", equations 6-9 (arXiv 2410.01623); the scale stands where its published code has it.
 
     Args:
         as for GaLore.
@@ -117,8 +121,9 @@ class Fira(GaLore):
         basis = self._basis(gradient, state)
         small = basis.T @ gradient
         adapted = self._moments(small, state)
-        factors = adapted.norm(dim=0) / small.norm(dim=0).clamp(min=1e-8)
-        return basis @ adapted + limited((gradient - basis @ small) * factors, state)
+        factors = adapted.norm(dim=0) / (small.norm(dim=0) + 1e-8)
+        back = self.scale * basis
+        return back @ adapted + limited((gradient - back @ small) * factors, state)
 
 
 class APOLLO(_Projected):
@@ -154,21 +159,23 @@ class APOLLO(_Projected):
         self.scope, self.seed = scope, seed
 
     def _update(self, gradient: Tensor, state: dict[str, Any], number: int) -> Tensor:
-        renewed = (state["step"] - 1) // self.gap
-        generator = torch.Generator(device=gradient.device).manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + renewed)
-        sketch = torch.randn(self.rank, gradient.shape[0], generator=generator, device=gradient.device, dtype=gradient.dtype)
-        small = sketch @ gradient * self.rank**-0.5
+        small = self._sketch(gradient, (state["step"] - 1) // self.gap, number) @ gradient * self.rank**-0.5
         adapted = self._moments(small, state)
         over = 0 if self.scope == "channel" else (0, 1)
-        factors = torch.linalg.vector_norm(adapted, dim=over) / torch.linalg.vector_norm(small, dim=over).clamp(min=1e-8)
-        return limited(gradient * factors, state)
+        factors = torch.linalg.vector_norm(adapted, dim=over) / (torch.linalg.vector_norm(small, dim=over) + 1e-8)
+        return self.scale * limited(gradient * factors, state)
+
+    def _sketch(self, gradient: Tensor, renewed: int, number: int) -> Float[Tensor, "rank short"]:
+        """sqrt(rank) P^T of one matrix."""
+        generator = torch.Generator(device=gradient.device).manual_seed((self.seed * 1_000_003 + number) * 1_000_003 + renewed)
+        return torch.randn(self.rank, gradient.shape[0], generator=generator, device=gradient.device, dtype=gradient.dtype)
 
 
 def limited(update: Tensor, state: dict[str, Any]) -> Tensor:
     """`update`, shortened if its norm grew by more than `LIMIT` since the last step; `state` remembers the norm."""
     norm = update.norm()
     if "norm" in state:
-        shorter = torch.minimum(torch.ones_like(norm), LIMIT * state["norm"] / norm.clamp(min=1e-30))
+        shorter = torch.minimum(torch.ones_like(norm), LIMIT * (state["norm"] + 1e-8) / norm.clamp(min=1e-30))
         update, norm = update * shorter, norm * shorter
     state["norm"] = norm
     return update
