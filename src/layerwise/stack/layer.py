@@ -14,6 +14,7 @@ from layerwise.nn.gates import StreamGate
 from layerwise.nn.norms import make_norm
 from layerwise.nn.residual import Residual
 from layerwise.nn.sequence_router import SequenceRouter
+from layerwise.nn.token_router import TokenRouter
 from layerwise.stack.spec import LayerSpec, StackSpec
 from layerwise.table import lookup
 
@@ -40,18 +41,23 @@ class Layer(nn.Module):
         self.cross = Residual(Attention(spec, cross=True), spec) if spec.cross else None
         self.ffn = Residual(FeedForward(spec), spec, gain=spec.residual_gain)
         self.gate = StreamGate(preserve=spec.stream_gate == "gpas") if spec.stream_gate else None
-        self.router = SequenceRouter(spec.width, spec.router) if spec.router is not None and spec.width else None
+        self.router: SequenceRouter | TokenRouter | None = None
+        if spec.router is not None and spec.width:
+            self.router = (SequenceRouter if spec.router.decides == "layer" else TokenRouter)(spec.width, spec.router)
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
-        return self._whole(x, ctx, slot) if self.router is None else self.router.gated(x, ctx, slot, self._whole)
+        return self.router.gated(x, ctx, slot, self._whole) if isinstance(self.router, SequenceRouter) else self._whole(x, ctx, slot)
 
     def _whole(self, x: Tensor, ctx: Context, slot: Slot) -> Tensor:
         if self.spec.parallel:
             x = x + self.mixer.change(x, ctx, slot) + self.ffn.change(x)
             return x if self.gate is None else self.gate(x)
+        entered = x
         x = self.mixer(x, ctx, slot, gate=self.gate)
         if self.cross is not None:
             x = self.cross(x, ctx, slot, gate=self.gate)
+        if isinstance(self.router, TokenRouter):
+            return self.router.routed(entered, x, self.ffn, ctx, slot[0])
         return self.ffn(x, gate=self.gate)
 
     def initialize(self, std: float, write_std: float, depth: int, generator: torch.Generator) -> None:

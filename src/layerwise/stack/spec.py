@@ -78,18 +78,22 @@ class RouterSpec:
     """A linear map from the stream that enters a layer to one logit a token, which decides what of the layer runs.
 
     Attributes:
-        decides: `layer`: for each sequence, from its prompt, whether the whole layer runs (`layerwise.nn.sequence_router`).
+        decides: `layer`: for each sequence, from its prompt, whether the whole layer runs (`layerwise.nn.sequence_router`). `ffn`: for each
+            token whether its feed-forward runs, attention always does (`layerwise.nn.token_router`).
         bias: initial value of a trained bias (None: no bias). The weight starts at zero.
         threshold: for layer: it runs where the mean of sigmoid(logit / temperature) over the prompt is above this. temperature: below 1
             pushes that towards 0 and 1.
         full_prefill: for layer: it runs for every prompt, and is skipped behind it.
+        gap: for ffn: what a feed-forward that runs adds is multiplied by 1 + gap (sigmoid(logit) - 1/2), so that the loss reaches the
+            router (0: not).
     """
 
-    decides: Literal["layer"] = "layer"
+    decides: Literal["layer", "ffn"] = "layer"
     bias: float | None = None
     threshold: float = 0.5
     temperature: float = 1.0
     full_prefill: bool = False
+    gap: float = 0.05
 
     __pydantic_config__ = FORBID
 
@@ -98,6 +102,8 @@ class RouterSpec:
             raise BadInput(
                 f"a router's threshold lies in [0, 1] and its temperature is above 0; got {self.threshold} and {self.temperature}"
             )
+        if not 0 <= self.gap <= 2:
+            raise BadInput(f"a router's gap lies in [0, 2], where what it scales keeps its sign; it is {self.gap}")
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ class LayerSpec:
         dropout: on the output of every sub-layer. attention_dropout: on the attention probabilities.
         drop: probability that a sample skips this layer in training (stochastic depth).
         router: decides what of the layer runs (None: all of it); see `layerwise.nn.routers`.
+        added: an edit put this layer into a trained model (expand); the policy freeze can leave such layers alone trainable.
         estimator_rank: for binary-attention: rank of its full-precision estimates (0: none).
         linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense, and `*` stands for all
             roles of the layer that are not named.
@@ -207,6 +214,7 @@ class LayerSpec:
     attention_dropout: float = 0.0
     drop: float = 0.0
     router: RouterSpec | None = None
+    added: bool = False
     estimator_rank: int = 1
     linears: dict[str, LinearSpec] = field(default_factory=dict)
 
@@ -231,6 +239,12 @@ class LayerSpec:
             raise BadInput(f"heads ({self.heads}) must be a multiple of kv_heads ({kv})")
         if self.parallel and (self.placement in ("post", "deepnorm") or self.cross):
             raise BadInput("parallel layers have their norms before each branch and no cross-attention: use placement pre, lns or sandwich")
+        skips = self.router is not None and self.router.decides == "ffn"
+        if skips and (self.placement in ("post", "deepnorm") or self.parallel or self.residual_gain or self.stream_gate):
+            raise BadInput(
+                "a router of tokens skips what the feed-forward adds to the stream: it needs placement pre, lns or sandwich, without parallel, "
+                "residual_gain and stream_gate"
+            )
         self._check_gains(kv)
 
     def _check_gains(self, kv: int) -> None:

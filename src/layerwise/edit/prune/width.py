@@ -36,6 +36,8 @@ LAYER: dict[str, tuple[Axis, ...]] = {
     **{f"{branch}.{name}": axes for branch in ("mixer", "ffn") for name, axes in BRANCH.items()},
     **{f"mixer.branch.{name}": axes for name, axes in MIXER.items()},
     **{f"ffn.branch.{name}": axes for name, axes in FFN.items()},
+    "router.weight": ("stream",),
+    "router.bias": (),
 }
 OUTSIDE: dict[str, tuple[Axis, ...]] = {
     "embedding.tokens.weight": (None, "stream"), "embedding.positions.weight": (None, "stream"), "embedding.types.weight": (None, "stream"),

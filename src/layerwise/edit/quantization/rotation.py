@@ -63,6 +63,8 @@ def rotated(model: Model, q: Float[Tensor, "width width"], per_head: Float[Tenso
                 made[f"{prefix}.branch.{role}.weight"] = q.t() @ linear.weight.double()
                 if linear.bias is not None:
                     made[f"{prefix}.branch.{role}.bias"] = linear.bias.double() @ q
+        if layer.router is not None:
+            made[f"stack.layers.{i}.router.weight"] = layer.router.weight.double() @ q
         if per_head is not None:
             _turn_heads(made, f"stack.layers.{i}.mixer.branch", layer.mixer.branch, per_head.double().to(model.device))
     for table in ("tokens", "positions", "types"):

@@ -18,7 +18,7 @@ from layerwise.models.room import closed
 from layerwise.models.spec import HeadSpec, ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
-TRAINING = {"dropout", "attention_dropout", "feature_dropout", "drop", "norm_gain", "linears", "std", "kind"}
+TRAINING = {"dropout", "attention_dropout", "feature_dropout", "drop", "norm_gain", "linears", "std", "kind", "added"}
 """Fields that change how a model is trained but not what it computes."""
 
 
@@ -34,6 +34,8 @@ def unreadable(spec: ModelSpec | TwoTowersSpec) -> str | None:
         if not isinstance(stack, StackSpec):
             continue
         for i, layer in enumerate(stack.layers):
+            if layer.router is not None and layer.router.decides == "ffn":
+                return f"layer {i} has a router, which decides token by token what runs: no family has those; export with format layerwise"
             if layer.router is not None:
                 return (
                     f"layer {i} has a router, and no family runs a layer for some prompts and not for others: settle-routes takes them off where "
