@@ -10,6 +10,8 @@ from typing import Any
 from layerwise.table import member
 
 EDITS = {
+    "route-tokens": "layerwise.edit.token_routes:route_tokens",
+    "expand": "layerwise.edit.expansion:expand",
     "interpolate": "layerwise.edit.merging.interpolate:interpolate",
     "ot-fuse": "layerwise.edit.merging.transport:ot_fuse",
     "binarize": "layerwise.edit.binary:binarize",
@@ -36,6 +38,8 @@ EDITS = {
 }
 
 PREVIEWS = {
+    "route-tokens": "layerwise.edit.token_routes:preview_tokens",
+    "expand": "layerwise.edit.expansion:preview_expand",
     "interpolate": "layerwise.edit.merging.interpolate:preview_interpolate",
     "ot-fuse": "layerwise.edit.merging.transport:preview_fuse",
     "binarize": "layerwise.edit.binary:preview_binarize",
