@@ -69,7 +69,10 @@ def test_skipped_tokens_pass_unchanged_and_active_ones_are_scaled():
     naive = torch.stack(
         [
             torch.stack(
-                [h[b, t] + (layer.ffn.change(h[b, t]) * (1 + 0.5 * (logits[b, t].sigmoid() - 0.5)) if logits[b, t] >= 0 else 0) for t in range(9)]
+                [
+                    h[b, t] + (layer.ffn.change(h[b, t]) * (1 + 0.5 * (logits[b, t].sigmoid() - 0.5)) if logits[b, t] >= 0 else 0)
+                    for t in range(9)
+                ]
             )
             for b in range(2)
         ]

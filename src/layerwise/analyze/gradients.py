@@ -90,12 +90,21 @@ def gradient_variance(
 
 
 def mean_gradients(
-    model: nn.Module, data: Any, names: Collection[str], *, samples: int, split: str, batch: int, objective: str
+    model: nn.Module,
+    data: Any,
+    names: Collection[str],
+    *,
+    samples: int,
+    split: str,
+    batch: int,
+    objective: str,
+    absolute: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Gradient of the loss on a split's first `samples` rows (spread evenly), averaged over batches; parameters' own `grad` stays as it is.
 
     Args:
         names: of the parameters. Those that the loss does not depend on get zeros.
+        absolute: average the gradients' absolute values.
     """
     loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(0)  # type: ignore[arg-type]
@@ -107,7 +116,7 @@ def mean_gradients(
         loss = loss_of(model, rows, generator).mean
         for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True):
             if gradient is not None:
-                sums[name] += gradient
+                sums[name] += gradient.abs() if absolute else gradient
         seen += 1
     model.train(training)
     return {n: s / max(seen, 1) for n, s in sums.items()}

@@ -12,9 +12,7 @@ from layerwise.models.spec import ModelSpec
 from layerwise.stack.spec import RouterSpec, StackSpec, indices
 
 
-def route_tokens(
-    model: Model, *, layers: Sequence[str | int] | None = None, bias: float | None = None, gap: float = 0.05
-) -> Model:
+def route_tokens(model: Model, *, layers: Sequence[str | int] | None = None, bias: float | None = None, gap: float = 0.05) -> Model:
     """The model with a router in some layers that decides for each token whether its feed-forward runs; everything else is shared.
 
     Fresh routers without a bias have every token active: nothing changes.

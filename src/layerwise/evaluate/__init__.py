@@ -7,6 +7,7 @@ from typing import Any
 from layerwise.table import member
 
 EVALUATIONS = {
+    "token-routing": "layerwise.evaluate.skipping:token_routing",
     "chain-search": "layerwise.evaluate.chains:chain_search",
     "continuation": "layerwise.evaluate.continuation:continuation",
     "early-exits": "layerwise.evaluate.exits:early_exits",

@@ -58,6 +58,8 @@ NEEDS_HEAD = {
     "early-exit-lm": "lm",
     "early-exits": "lm",
     "self-speculation": "lm",
+    "token-router-lm": "lm",
+    "token-routing": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",
 }
@@ -72,6 +74,8 @@ CAUSAL = (
     "self-speculation",
     "router-lm",
     "continuation",
+    "token-router-lm",
+    "token-routing",
 )
 """Stages that score the next token."""
 
@@ -88,9 +92,10 @@ def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") ->
         with _prefixed(f"variants.{name}: " if len(job.variants) > 1 else ""):
             check_source(plan.data, data_dir)
             for stage in plan.stages:
-                if stage.source is not None:
-                    with _prefixed(f"stages.{stage.name}: "):
-                        check_source(stage.source, data_dir)
+                for source in (stage.source, stage.probe):
+                    if source is not None:
+                        with _prefixed(f"stages.{stage.name}: "):
+                            check_source(source, data_dir)
             plans[name] = dataclasses.replace(plan, stages=tuple(rehearsed(plan)))
     return plans
 
@@ -152,12 +157,13 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
     for i, stage in enumerate(plan.stages):
         with _prefixed(f"stages.{stage.name}: "):
             there = plan if stage.source is None else dataclasses.replace(plan, data=stage.source)
-            if stage.source is not None:
-                _match_data(spec, there)
+            for source in (stage.source, stage.probe):
+                if source is not None:
+                    _match_data(spec, dataclasses.replace(plan, data=source))
             _check_head(stage, spec, there)
             check_references(stage, plan.stages[:i], plan.model)
             if isinstance(stage.spec, TrainSpec):
-                yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec))
+                yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec, probe=stage.probe is not None))
             elif isinstance(stage.spec, Export):
                 if stage.spec.format == "gptq":
                     family_for(preview_gptq(spec))
@@ -188,7 +194,7 @@ def _starting_spec(plan: Plan) -> ModelSpec:
     return plan.model.with_vocab(plan.data.tokenizer.vocab)
 
 
-def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
+def _checked_training(train: TrainSpec, spec: ModelSpec, *, probe: bool) -> TrainSpec:
     objective = lookup(OBJECTIVES, train.objective, "objective")
     checked_options(objective, train.options, "options")
     if (check := getattr(objective, "check", None)) is not None:
@@ -213,6 +219,10 @@ def _checked_training(train: TrainSpec, spec: ModelSpec) -> TrainSpec:
         if (check := getattr(kind, "check", None)) is not None:
             with _prefixed(f"policies.{policy['name']}: "):
                 check(train)
+        if kind.probes and not probe:
+            raise BadInput(f"policies.{policy['name']} looks at a second data set: give the stage a probe, like {{source: ...}}")
+        with _prefixed(f"policies.{policy['name']}: "):
+            kind(**complete).meets(spec)
         for key in complete.get("layers") or ():
             indices(key, spec.stack.depth)
         policies.append({"name": policy["name"], **complete})

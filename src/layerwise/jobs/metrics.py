@@ -23,11 +23,12 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "logit-distillation": (),
     "masked-lm": (),
     "router-lm": (),
+    "token-router-lm": (),
     "mono-forward": ("goodness_sum_accuracy", "last_readout_accuracy"),
 }
 POLICIES: dict[str, tuple[str, ...]] = {
     "clip-parameters": (),
-    "freeze": (),
+    "freeze": ("trained_share",),
     "gradient-norms": ("grad_norm_variation", "fc2_grad_ratio"),
     "growth": (),
     "keep-zeros": ("nonzero", "density"),
@@ -37,6 +38,8 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "loqt": ("update_bytes",),
     "per-layer-updates": (),
     "random-ltd": ("layer_tokens", "layer_token_share"),
+    "capacity-rates": (),
+    "importance-rates": (),
     "restart-adapters": (),
     "rotation": ("rotation_mean", "rotation_min", "turn_mean"),
 }
@@ -85,6 +88,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
     "embedding-agreement": ("cosine", "rank_agreement"),
     "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
     "masked-lm": ("val_loss", "perplexity"),
+    "token-routing": ("val_loss", "perplexity", "active_share", "flops_per_token", "flops_share", "ffn_share", "tokens_per_second"),
     "self-speculation": ("speedup", "acceptance", "identical", "tokens_per_second"),
     "multiple-choice": ("accuracy", "accuracy_normalized", "gold_log_likelihood"),
 }

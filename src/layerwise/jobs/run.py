@@ -304,14 +304,16 @@ class _Runner:
         arm = self._start(plan, data, seed)
         for stage in plan.stages:
             data = self._data(stage.source or plan.data)
+            probe = None if stage.probe is None else self._data(stage.probe)
             title = f"{plan.variant} seed {seed}: {stage.name}"
-            key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, self._engine(), *contents(stage)])
+            looked_at = [] if probe is None else [probe.fingerprint]
+            key = digest([arm.key, stage.data(), stage.name, seed, data.fingerprint, *looked_at, self._engine(), *contents(stage)])
             labels: dict[str, Any] = {"variant": plan.variant, "seed": seed, "stage": stage.name, "kind": stage.kind, "name": stage.what}
             result = self._found(key) if stage.kind != "export" else None
             reused = result is not None
             if result is None:
                 self.journal.event("stage-started", **labels)
-                result = self._execute(stage, arm, data, seed, key, plan, title)
+                result = self._execute(stage, arm, data, probe, seed, key, plan, title)
             else:
                 self._replay(result.curve, plan.variant, seed, stage.name)
             if result.model is not None:
@@ -354,7 +356,7 @@ class _Runner:
                 listener.metrics(line)
             listener.close()
 
-    def _execute(self, stage: Stage, arm: _Arm, data: Data, seed: int, key: str, plan: Plan, title: str) -> Result:
+    def _execute(self, stage: Stage, arm: _Arm, data: Data, probe: Data | None, seed: int, key: str, plan: Plan, title: str) -> Result:
         if not self.here.leads and stage.kind != "train":
             return Result.of(self.here.share())  # what is done once, the leader does
         place = f"{plan.variant}/seed-{seed}"
@@ -368,7 +370,7 @@ class _Runner:
         try:
             with metered(torch.device(self.device)) as meter:
                 model, result = run_stage(
-                    resolved(stage, arm.models), self._model(stage, arm), data, seed, self.device,
+                    resolved(stage, arm.models), self._model(stage, arm), data, seed, self.device, probe=probe,
                     checkpoints=checkpoints, exports=self.out / "exports" / place / ("" if alone else stage.name), listener=listener,
                 )  # fmt: skip
         finally:

@@ -107,7 +107,7 @@ class Stage:
     Attributes:
         name: its key. kind: one of `VERBS`. what: the objective, edit, analysis or evaluation.
         options: of a stage that calls a function. spec: of a stage that trains, generates or exports.
-        source: the stage's own data, if it does not use the job's.
+        source: the stage's own data, if it does not use the job's. probe: a second data set that a training stage looks at.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Stage:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     spec: TrainSpec | Generate | Export | None = None
     source: DataSpec | None = None
+    probe: DataSpec | None = None
 
     @property
     def changes_model(self) -> bool:
@@ -345,16 +346,23 @@ def _model(data: dict[str, Any]) -> ModelSpec | Path:
 
 
 def _with_source(name: str, value: Any, job_data: dict[str, Any]) -> Stage:
-    """A stage; its `data`, if it has some, is laid over the job's and shares the job's tokens."""
-    if not isinstance(value, dict) or "data" not in value:
+    """A stage; its `data` and `probe`, if it has them, are laid over the job's data and share its tokens."""
+    if not isinstance(value, dict):
         return _stage(name, value)
-    where = f"stages.{name}.data"
-    if not isinstance(value["data"], dict):
-        raise BadInput(f"{where}: a mapping is expected (got {str(value['data'])[:80]!r})")
-    source = parsed(_adapter(DataSpec), merged(job_data, value["data"]), where)
+    stage = _stage(name, {k: v for k, v in value.items() if k not in ("data", "probe")})
+    if "probe" in value and stage.kind != "train":
+        raise BadInput(f"stages.{name}.probe: only a stage that trains looks at a second data set; give this one data")
+    given = {key: _laid_over(f"stages.{name}.{key}", value[key], job_data) for key in ("data", "probe") if key in value}
+    return dataclasses.replace(stage, source=given.get("data"), probe=given.get("probe"))
+
+
+def _laid_over(where: str, value: Any, job_data: dict[str, Any]) -> DataSpec:
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: a mapping is expected (got {str(value)[:80]!r})")
+    source = parsed(_adapter(DataSpec), merged(job_data, value), where)
     if source.tokenizer.kind not in ("bytes", "file"):
         raise BadInput(f"{where}: stages share one vocabulary, so data.tokenizer.kind must be bytes or file; it is {source.tokenizer.kind}")
-    return dataclasses.replace(_stage(name, {k: v for k, v in value.items() if k != "data"}), source=source)
+    return source
 
 
 def _stage(name: str, value: Any) -> Stage:

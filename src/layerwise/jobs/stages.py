@@ -30,19 +30,29 @@ def stage_seed(seed: int, name: str) -> int:
 
 
 def run_stage(
-    stage: Stage, model: Model, data: Data, seed: int, device: str, *, checkpoints: Path, exports: Path, listener: Listener
+    stage: Stage,
+    model: Model,
+    data: Data,
+    seed: int,
+    device: str,
+    *,
+    checkpoints: Path,
+    exports: Path,
+    listener: Listener,
+    probe: Data | None = None,
 ) -> tuple[Model, Result]:
     """Do what a stage says.
 
     Args:
-        checkpoints: folder for the states of a training stage. exports: folder an export stage writes to.
+        probe: the second data set of a training stage. checkpoints: folder for its states. exports: folder an export stage writes to.
 
     Returns:
         The model after the stage, and what the stage found.
     """
     result = Result()
     if isinstance(stage.spec, TrainSpec):
-        trained = train(model, data, stage.spec, seed=stage_seed(seed, stage.name), device=device, folder=checkpoints, listener=listener)
+        own = stage_seed(seed, stage.name)
+        trained = train(model, data, stage.spec, seed=own, device=device, folder=checkpoints, listener=listener, probe=probe)
         model, result.findings = trained.model, trained.findings.data()
     elif isinstance(stage.spec, Generate):
         result.findings = _generated(model, data, stage.spec, seed).data()

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from layerwise.errors import BadInput
 from layerwise.nn.routers import Router
 from layerwise.stack.spec import RouterSpec
 
@@ -44,6 +45,18 @@ class Routing:
 
 
 BY_SIGN = Routing()
+
+
+def token_routed(spec: Any, what: str) -> list[int]:
+    """The layers of a model's description whose router decides token by token.
+
+    Raises:
+        BadInput: there is none, so `what` has nothing to work on.
+    """
+    found = [i for i, layer in enumerate(spec.stack.layers) if getattr(layer, "router", None) is not None and layer.router.decides == "ffn"]
+    if not found:
+        raise BadInput(f"{what} needs a model with routers of tokens: put some in first (edit: route-tokens)")
+    return found
 
 
 class TokenRouter(Router):

@@ -3,6 +3,7 @@
 OBJECTIVES = {
     "deep-supervision": "layerwise.objectives.deep_supervision:DeepSupervision",
     "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
+    "token-router-lm": "layerwise.objectives.token_routing:TokenRouterLM",
     "mono-forward": "layerwise.objectives.mono_forward:MonoForward",
     "early-exit-lm": "layerwise.objectives.early_exit:EarlyExit",
     "causal-lm": "layerwise.objectives.language:CausalLM",

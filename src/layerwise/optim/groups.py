@@ -26,22 +26,23 @@ def parameter_groups(model: nn.Module, spec: OptimizerSpec, by_role: bool = Fals
 
     Each group carries `lr_scale`, the factor of the scheduled learning rate that its depth gives it. Works on any network
     whose layers `view` finds; parameters that are frozen are left out. A parameter's own `lr_scale`, if it has that attribute,
-    multiplies too.
+    multiplies too. Parameters with an attribute `group` share a group with those of the same name only, which the group carries as
+    `name`: whoever named them can change their learning rate while training goes on.
     """
     seen = view(model)
     depths = seen.depth_of()
     by_depth = {i: scale for key, scale in spec.depth_lr.items() for i in indices(key, seen.depth)}
     role_of = roles(model) if by_role else {}
-    groups: dict[tuple[float, float, Any], dict[str, Any]] = {}
+    groups: dict[tuple[float, float, Any, str | None], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         depth = depths[name]
         scale = spec.layer_decay ** (seen.depth - depth) * by_depth.get(depth, 1.0) * getattr(parameter, "lr_scale", 1.0)
         decay = spec.weight_decay if parameter.dim() >= 2 else 0.0
-        role = role_of.get(name)
-        fields = {"lr_scale": scale, "weight_decay": decay, **({"role": role} if role else {})}
-        group = groups.setdefault((scale, decay, role), {"params": [], **fields})
+        role, own = role_of.get(name), getattr(parameter, "group", None)
+        fields = {"lr_scale": scale, "weight_decay": decay, **({"role": role} if role else {}), **({"name": own} if own else {})}
+        group = groups.setdefault((scale, decay, role, own), {"params": [], **fields})
         group["params"].append(parameter)
     if not groups:
         raise BadInput("nothing to train: every parameter of the model is frozen")

@@ -61,6 +61,7 @@ class Run:
 
     Attributes:
         model, objective, optimizer, data, spec, seed, device: what runs.
+        probe: a second data set that is looked at and not trained on, if the stage has one.
         step: steps done. total: steps of the stage. seconds: time spent, over all resumptions.
         clock: where the learning rate's schedule stands, in steps; it is `step` unless a policy sets it before a step.
         last: the newest logged values.
@@ -75,6 +76,7 @@ class Run:
     device: torch.device
     total: int
     listener: Listener
+    probe: Any = None
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
     clock: float = 0.0
@@ -130,6 +132,7 @@ def train(
     device: str = "cpu",
     folder: Path | None = None,
     listener: Listener | None = None,
+    probe: Any = None,
 ) -> Trained:
     """Train `model` in place, with as many processes as the launcher started; all of them call this.
 
@@ -138,6 +141,7 @@ def train(
         seed: decides the order of the data and everything drawn at random.
         device: `cpu`, `cuda`, `cuda:1`, ...
         folder: where checkpoints go; training continues from the newest whole one there. None keeps none.
+        probe: another data set, for policies that look at one.
 
     Raises:
         BadInput: the batch cannot be shared out among the processes.
@@ -164,7 +168,7 @@ def train(
         step_module = spread(step_module, model, spec, accelerator.device)
         dealt(model, values, accelerator.device)
         del values
-    run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener)
+    run = Run(model, objective, data, spec, seed, accelerator.device, spec.total_steps(len(data.train)), listener, probe)
     row = data.train.batch(torch.zeros(1, dtype=torch.long))
     objective.attach(model, {name: value.to(accelerator.device) for name, value in row.items()})
     if shards(spec) and any(True for _ in objective.parameters()):

@@ -3,6 +3,8 @@
 from layerwise.train.policies.policy import Policy
 
 POLICIES = {
+    "capacity-rates": "layerwise.train.policies.rates:CapacityRates",
+    "importance-rates": "layerwise.train.policies.rates:ImportanceRates",
     "clip-parameters": "layerwise.train.policies.clip:ClipParameters",
     "keep-zeros": "layerwise.train.policies.keep_zeros:KeepZeros",
     "random-ltd": "layerwise.train.policies.random_ltd:RandomLTD",

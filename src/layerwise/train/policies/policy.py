@@ -6,14 +6,15 @@
     after_step(run)      the weights have moved; run.step counts this step already
     end(run)             after the last step
 
-A policy that cannot work with every training stage says so in a static `check(spec)`, before anything runs. It may also
+A policy that cannot work with every training stage says so in a static `check(spec)`, before anything runs; one that cannot work on every
+model in `meets(spec)`, shown the model's description; one that reads a second data set (`Run.probe`) sets `probes`. It may also
 hand out `around` callables, which wrap every layer's call, keep tensors that belong in a checkpoint (`state`), and leave
 `findings` in the stage's result.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -28,6 +29,10 @@ class Policy:
     """A policy that does nothing; the real ones override what they need."""
 
     around: tuple[Around, ...] = ()
+    probes = False
+
+    def meets(self, spec: Any) -> None:
+        """Raises BadInput if the policy cannot work on a model of this description."""
 
     def start(self, run: Run) -> None: ...
     def before_step(self, run: Run) -> None: ...
