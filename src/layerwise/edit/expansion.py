@@ -105,8 +105,9 @@ def preview_expand(
         raise BadInput(f"start: {start} mixes layer {odd} with the one below it, and they are described differently")
     order = [i for i in range(len(old)) for _ in range(1 + chosen.count(i))]
     made = preview_grow(spec, order=order, silent=start == "identity")
-    new: list[Any] = [dataclasses.replace(s, added=True) if t and order[t - 1] == order[t] else s for t, s in enumerate(made.stack.layers)]
-    return dataclasses.replace(made, stack=spec.stack.with_layers(new))
+    layers_there: Any = made.stack.layers
+    marked = [dataclasses.replace(s, added=True) if t and order[t - 1] == order[t] else s for t, s in enumerate(layers_there)]
+    return dataclasses.replace(made, stack=spec.stack.with_layers(marked))
 
 
 def interleaved(depth: int, count: int) -> list[int]:
