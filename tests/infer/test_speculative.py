@@ -6,7 +6,9 @@ import pytest
 import torch
 from scipy import stats
 
+from layerwise.edit.adapt import lora
 from layerwise.edit.linears import quantize_nf4
+from layerwise.edit.quantization.quantize import quantize
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate, probabilities
 from layerwise.infer.paths import generate_along
@@ -35,8 +37,24 @@ def test_greedy_is_ordinary_decoding_token_for_token(layer):
     for prompt in (PROMPT, PROMPT[:, :1], ROWS[:3]):
         plain = generate(model, prompt, new=17)
         for exit_layer in range(1, 5):
-            for draft in (0, 1, 2, 5):
+            for draft in (0, 2, 5):
                 assert torch.equal(self_speculate(model, prompt, exit_layer=exit_layer, draft=draft, new=17).ids, plain)
+            unsure = self_speculate(model, prompt, exit_layer=exit_layer, draft=5, confidence=0.2, new=17)
+            assert torch.equal(unsure.ids, plain)
+
+
+def test_drafting_ends_where_the_exit_is_unsure_and_costs_no_layer_then():
+    model = _model()
+    free = self_speculate(model, PROMPT, exit_layer=2, draft=4, new=24)
+    picky = self_speculate(model, PROMPT, exit_layer=2, draft=4, confidence=0.2, new=24)
+    assert 0 < picky.drafted < free.drafted and picky.accepted / picky.drafted > free.accepted / free.drafted
+    never = self_speculate(model, PROMPT, exit_layer=2, draft=4, confidence=1.0, new=24)
+    assert never.drafted == 0 and never.rounds == 24
+    calls = Counter()
+    for i, layer in enumerate(model.stack.layers):
+        layer.register_forward_pre_hook(lambda _m, given, i=i: calls.update({i: 1}))
+    self_speculate(model, PROMPT, exit_layer=2, draft=4, confidence=1.0, new=24)
+    assert calls == dict.fromkeys(range(4), 24)  # as many as ordinary decoding makes
 
 
 def test_all_layers_accept_every_draft_and_no_draft_is_ordinary_decoding():
@@ -98,7 +116,8 @@ def test_samples_come_from_the_whole_models_distribution(top_p, draws):
     assert stats.chisquare(count[real].double(), expected[real].double() / expected[real].double().sum() * count.sum()).pvalue > 1e-3
 
 
-def test_sampled_texts_follow_the_distribution_of_two_tokens():
+@pytest.mark.parametrize("confidence", [0.0, 0.4])
+def test_sampled_texts_follow_the_distribution_of_two_tokens(confidence):
     model = _model(vocab=4, depth=2, std=0.15)
     first = model({"input_ids": PROMPT % 4}).logits[0, -1].softmax(0)
     count, expected = torch.zeros(16), torch.zeros(16)
@@ -106,7 +125,9 @@ def test_sampled_texts_follow_the_distribution_of_two_tokens():
         second = model({"input_ids": torch.cat([PROMPT % 4, torch.tensor([[a]])], dim=1)}).logits[0, -1].softmax(0)
         expected[4 * a : 4 * a + 4] = (first[a] * second).detach()
     for seed in range(250):  # rows share a round, which must not change what any of them draws
-        made = self_speculate(model, PROMPT.expand(4, -1) % 4, exit_layer=1, draft=2, new=2, temperature=1.0, seed=seed).ids[:, -2:]
+        made = self_speculate(
+            model, PROMPT.expand(4, -1) % 4, exit_layer=1, draft=2, confidence=confidence, new=2, temperature=1.0, seed=seed
+        ).ids[:, -2:]
         count += torch.bincount(4 * made[:, 0] + made[:, 1], minlength=16)
     assert expected.min() > 0.005
     assert stats.chisquare(count.double(), expected.double() / expected.double().sum() * count.sum()).pvalue > 1e-3
@@ -176,11 +197,22 @@ def test_refusals():
         generate_along(model, ROWS, [[0]])
 
 
-def test_a_quantized_model_drafts_for_itself():
+@pytest.mark.parametrize("how", ["nf4", "packed", "packed-lora"])
+def test_a_quantized_model_drafts_for_itself(how):
     data = preset("decoder")
     data["stack"] |= {"depth": 3, "width": 64, "init_std": 0.1}
     data["stack"]["layer"] |= {"heads": 2}
     data["embedding"] = {"vocab": 40}
-    model = quantize_nf4(build(model_spec(data), 0)).double().eval()
-    plain = generate(model, PROMPT, new=12)
-    assert torch.equal(self_speculate(model, PROMPT, exit_layer=1, draft=3, new=12).ids, plain)
+    model = build(model_spec(data), 0)
+    model = quantize_nf4(model) if how == "nf4" else quantize(model, bits=4, group=16, method="rtn")
+    if how == "packed-lora":
+        model = lora(model, rank=2)
+        for layer in model.stack.layers:
+            torch.nn.init.normal_(layer.ffn.branch.down.lora_b, std=0.1)
+    model = model.double().eval()
+    for prompt in (PROMPT, ROWS[:3]):
+        plain = generate(model, prompt, new=12)
+        for confidence in (0.0, 0.1):
+            assert torch.equal(self_speculate(model, prompt, exit_layer=1, draft=3, confidence=confidence, new=12).ids, plain)
+    text = self_speculate(model, PROMPT, exit_layer=1, draft=2, new=12, temperature=1.0, seed=3)
+    assert 0 < text.accepted < text.drafted  # sampled from the packed model too

@@ -21,12 +21,17 @@ class SelfSpeculation:
     Layers below `exit_layer` see every token once: their keys, values and outputs for the drafted tokens serve the check. Between
     rounds the cache holds all tokens but the newest.
 
+    With `confidence`, a row's next token is drafted only if the exit gives some token that probability. The exit reads the last draft
+    anyway, for the check, so asking costs one head; and what is asked is known before the token is drawn, so samples stay those of the whole model.
+
     Source: Elhoushi et al. 2024, "LayerSkip", section 4.3 (arXiv 2404.16710); acceptance of samples as Leviathan et al. 2023, "Fast
-    Inference from Transformers via Speculative Decoding", algorithm 1.
+    Inference from Transformers via Speculative Decoding", algorithm 1; drafts that end by confidence after Zhang et al. 2023, "Draft &
+    Verify" (arXiv 2309.08168), section 3.3, with a fixed threshold.
 
     Args:
         ids: prompts without padding.
-        exit_layer: layers that draft, 1 to all. draft: tokens drafted a round; 0 is ordinary decoding.
+        exit_layer: layers that draft, 1 to all. draft: tokens drafted a round, at most; 0 is ordinary decoding.
+        confidence: 0 drafts them all.
         temperature, top_p, seed: as in `layerwise.infer.generate`.
 
     Attributes:
@@ -40,6 +45,7 @@ class SelfSpeculation:
         *,
         exit_layer: int,
         draft: int = 4,
+        confidence: float = 0.0,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -50,7 +56,9 @@ class SelfSpeculation:
             raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
         if not 1 <= exit_layer <= model.stack.depth or draft < 0:
             raise BadInput(f"exit_layer is 1 to {model.stack.depth} and draft >= 0; got {exit_layer} and {draft}")
-        self.model, self.ids, self.exit_layer, self.draft = model, ids, exit_layer, draft
+        if not 0 <= confidence <= 1:
+            raise BadInput(f"confidence is a probability; it is {confidence}")
+        self.model, self.ids, self.exit_layer, self.draft, self.confidence = model, ids, exit_layer, draft, confidence
         self.temperature, self.top_p = temperature, top_p
         self.generator = torch.Generator(device=ids.device).manual_seed(seed)
         self.cache = Cache()
@@ -63,16 +71,19 @@ class SelfSpeculation:
         before = self.ids.shape[1]
         fed = self.ids[:, self.cache.length :]
         states, drafts, beliefs = [], [], []
-        for _ in range(length):
+        while True:
             states.append(self._early(fed))
+            if len(drafts) == length:
+                break
             logits = exit_logits(model, states[-1][:, -1:])[:, 0]
+            if self.confidence and float(logits.softmax(dim=-1).amax(dim=-1).min()) < self.confidence:
+                break
             fed = sample(logits, self.temperature, self.top_p, self.generator)[:, None]
             drafts.append(fed)
             beliefs.append(logits)
-        states.append(self._early(fed))
         x, ctx = resume(model, states, self.cache)
         x = model.stack.part(x, ctx, range(self.exit_layer, depth))
-        logits = exit_logits(model, x[:, -length - 1 :])
+        logits = exit_logits(model, x[:, -len(drafts) - 1 :])
         draft = torch.cat(drafts, dim=1) if drafts else self.ids[:, :0]
         kept, last = self._sampled(draft, beliefs, logits) if self.temperature else self._greedy(draft, logits)
         new = torch.cat([draft[:, :kept], last], dim=1)
@@ -120,6 +131,7 @@ def self_speculate(
     *,
     exit_layer: int,
     draft: int = 4,
+    confidence: float = 0.0,
     new: int = 64,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -131,7 +143,9 @@ def self_speculate(
     Returns:
         The finished texts in `.ids`, with `.accepted` of `.drafted` tokens in `.rounds`.
     """
-    text = SelfSpeculation(model, ids, exit_layer=exit_layer, draft=draft, temperature=temperature, top_p=top_p, seed=seed)
+    text = SelfSpeculation(
+        model, ids, exit_layer=exit_layer, draft=draft, confidence=confidence, temperature=temperature, top_p=top_p, seed=seed
+    )
     start, end = ids.shape[1], ids.shape[1] + new
     with inference(model):
         while (left := end - text.ids.shape[1]) > 0:
