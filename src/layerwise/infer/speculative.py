@@ -70,7 +70,9 @@ class SelfSpeculation:
         length = self.draft if most is None else min(self.draft, most - 1)
         before = self.ids.shape[1]
         fed = self.ids[:, self.cache.length :]
-        states, drafts, beliefs = [], [], []
+        states: list[Tensor] = []
+        drafts: list[Tensor] = []
+        beliefs: list[Tensor] = []
         while True:
             states.append(self._early(fed))
             if len(drafts) == length:
