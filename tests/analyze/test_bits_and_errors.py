@@ -1,5 +1,7 @@
 """Loss against bits by layer, and the error that quantized layers leave in the stream."""
 
+import inspect
+
 import pytest
 import torch
 
@@ -65,3 +67,15 @@ def test_the_stream_error_is_that_between_the_two_models(text):
         expected = (a[i + 1] - b[i + 1]).square().sum() / a[i + 1].square().sum()
         assert error == pytest.approx(expected.item(), rel=1e-4)
     assert found.metrics["stream_error"] == found.tables[0].rows[-1][2]
+
+
+def test_the_stream_error_knows_every_option_of_the_edit_and_a_rotation_leaves_it_where_nothing_is_rounded(text):
+    model = _model()
+    edit, analysis = (
+        {n for n, p in inspect.signature(f).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        for f in (lw.edit.quantize, lw.analyze.quantization_error)
+    )
+    assert edit - analysis == {"low_bits", "mean_bits", "by", "reverse"} and analysis <= edit
+    options = {"bits": [16, 16, 3], "method": "rtn", "group": 8, "samples": 8, "rotate": "random"}
+    rows = lw.analyze.quantization_error(model, text, **options).tables[0].rows
+    assert rows[0][2] == rows[1][2] == 0.0 and 0 < rows[2][2] < 0.2
