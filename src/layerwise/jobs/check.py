@@ -78,6 +78,8 @@ CAUSAL = (
     "token-routing",
 )
 """Stages that score the next token."""
+OF_A_LOSS = ("taylor", "gradient-norm", "layer-drop")
+"""Scores of layers and weights that need an objective."""
 
 
 def check_job(job: Job, *, data_dir: Path | None = None, device: str = "cpu") -> dict[str, Plan]:
@@ -179,6 +181,8 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
             else:
                 function = lookup(TABLES[stage.kind], stage.what, stage.kind)
                 stage = dataclasses.replace(stage, options=checked_options(function, stage.options, stage.what))
+                if objective := _measured_by(stage):
+                    _check_head(dataclasses.replace(stage, what=objective), spec, there)
                 if stage.kind == "edit":
                     spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options)
                 yield stage
@@ -258,6 +262,12 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
     if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{stage.what} needs data with labels; {plan.data.source} has none")
+
+
+def _measured_by(stage: Stage) -> str | None:
+    """The objective whose loss or gradients an edit or analysis will look at, if it does."""
+    chosen = [stage.options[name] for name in ("by", "adapt") if name in stage.options]
+    return stage.options.get("objective") if not chosen or any(by in OF_A_LOSS for by in chosen) else None
 
 
 def _builtin(plan: Plan) -> str | None:

@@ -16,7 +16,7 @@ from layerwise.models.spec import ModelSpec
 from layerwise.table import nearest
 from layerwise.train.spec import TrainSpec
 
-MODELS = ("teacher", "other", "ghn")
+MODELS = ("teacher", "other", "ghn", "of")
 """Options that hold a model, in whatever objective, edit or analysis has one of these names."""
 STAGE, START = "stage:", "start"
 

@@ -17,6 +17,10 @@ def factor(spec: ScheduleSpec, step: float, total: int) -> float:
 
     Sources: Loshchilov & Hutter 2017 (cosine); Hu et al. 2024, "MiniCPM" (wsd); Vaswani et al. 2017 (inverse square root).
     """
+    if spec.part != (0.0, 1.0):  # the stage lies in a longer schedule
+        first, last = spec.part
+        whole = round(total / (last - first))
+        step, total = step + round(first * whole), whole
     warm = warmup_steps(spec, total)
     if step < warm:
         return (step + 1) / warm

@@ -54,6 +54,8 @@ class ScheduleSpec:
         floor: final factor.
         decay: share of the steps in which `wsd` falls.
         drops: share of the steps done -> factor from there on (`{0.8: 0.2}`).
+        part: of a schedule over several stages, the shares where this stage begins and ends: the second of five equal stages has
+            [0.2, 0.4]. Warm-up and decay are those of the whole.
     """
 
     name: Literal["cosine", "linear", "wsd", "constant", "inverse-sqrt", "drops"] = "cosine"
@@ -61,11 +63,16 @@ class ScheduleSpec:
     floor: float = 0.1
     decay: float = 0.2
     drops: dict[float, float] = field(default_factory=dict)
+    part: tuple[float, float] = (0.0, 1.0)
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
         if self.warmup < 0 or not 0 <= self.floor <= 1 or not 0 < self.decay <= 1:
             raise BadInput(f"warmup >= 0, floor in [0, 1], decay in (0, 1]; got {self.warmup}, {self.floor}, {self.decay}")
+        if not 0 <= self.part[0] < self.part[1] <= 1:
+            raise BadInput(
+                f"part holds two rising shares in [0, 1], where a stage begins and ends in a longer schedule; got {list(self.part)}"
+            )
         if any(not 0 <= at <= 1 for at in self.drops):
             raise BadInput(f"drops are keyed by the share of steps done, in [0, 1]; got {sorted(self.drops)}")

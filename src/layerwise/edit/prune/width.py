@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,15 +79,18 @@ def cut_width(
     with torch.device("meta"):
         new = Model(spec)
     outer = {"stream": _index(stream, model.spec.stack.width, "stream")}
+    inner = [_layer_index(specs[i], i, groups, ffn) for i in range(model.stack.depth)]
+    _check_sharing(model.spec.stack, inner)
     made: dict[str, Tensor] = {}
     state = model.state_dict()
     for name, tensor in state.items():
         if name.startswith("stack.layers."):
             _, _, index, inside = name.split(".", 3)
-            axes = _axes(inside, LAYER)
-            chosen = {**outer, **_layer_index(specs[int(index)], int(index), groups, ffn)}
+            chosen = {**outer, **inner[int(index)]}
+            axes = _axes(inside, LAYER, chosen)
         else:
-            axes, chosen = _axes(name, OUTSIDE), outer
+            chosen = outer
+            axes = _axes(name, OUTSIDE, chosen)
         made[name] = _cut(tensor, axes, chosen, rescale and tensor.dim() == 2 and name not in _TABLES)
     new.load_state_dict(made, assign=True)
     trained = dict(model.named_parameters())
@@ -112,15 +115,14 @@ def cut_spec(
     Raises:
         BadInput: more is asked for than there is, or the model has parts that cannot be cut.
     """
-    stack, embedding, head = spec.stack, spec.embedding, spec.head
-    if not isinstance(stack, StackSpec) or spec.decoder is not None or not isinstance(embedding, TokenSpec) or embedding.size is not None:
-        raise BadInput("widths are cut in a stack of transformer layers that reads tokens without a projection, with one stack only")
-    if any(
-        s.cross or s.position in ("relative", "alibi") or s.grid or any(k.kind != "dense" for k in s.linears.values()) for s in stack.layers
-    ):
-        raise BadInput("widths are cut in layers with dense matrices, without cross-attention and without position biases a head")
-    if head is not None and (head.transform is not None or head.size is not None or head.pool_norm is not None):
-        raise BadInput("widths are cut under a plain head: without transform, size and pool_norm")
+    stack, head = spec.stack, spec.head
+    if not isinstance(stack, StackSpec) or spec.decoder is not None:
+        raise BadInput("widths are cut in models with one stack, of transformer layers")
+    for i, layer in enumerate(stack.layers):
+        if reason := _obstacle(layer, stream=width is not None, heads=groups is not None):
+            raise BadInput(f"layer {i} cannot be cut: {reason}")
+    if width is not None:
+        _check_outside(spec)
     width = stack.width if width is None else width
     counts = [s.kv_heads or s.heads for s in stack.layers] if groups is None else list(groups)
     inner = [s.ffn_width or 1 for s in stack.layers] if ffn is None else list(ffn)
@@ -139,10 +141,47 @@ def cut_spec(
     return dataclasses.replace(spec, stack=dataclasses.replace(stack.with_layers(layers), width=width), head=head)
 
 
-def _axes(name: str, table: Mapping[str, tuple[Axis, ...]]) -> tuple[Axis, ...]:
-    if name not in table:
+def _obstacle(layer: LayerSpec, *, stream: bool, heads: bool) -> str | None:
+    """Why a layer's stream or heads cannot be cut."""
+    other = [k.kind for k in layer.linears.values() if k.kind != "dense"]
+    if other:
+        return f"its matrices are {other[0]}, and only dense ones are cut (edit: merge)"
+    if layer.mixer != "attention":
+        return f"its mixer is {layer.mixer}"
+    if layer.cross and (stream or heads):
+        return "it has cross-attention"
+    if heads and layer.position not in ("none", "rotary"):
+        return f"position {layer.position} gives each head a bias of its own, so heads stay; cut ffn only"
+    if heads and layer.head_scale == "after":
+        return "head_scale after ties channels of the stream to heads"
+    return f"position {layer.position} has a table" if stream and layer.position not in ("none", "rotary", "alibi") else None
+
+
+def _check_outside(spec: ModelSpec) -> None:
+    """Refuse to cut the stream where it is not known which tensors around the layers run along it."""
+    embedding, head = spec.embedding, spec.head
+    if not isinstance(embedding, TokenSpec) or embedding.size is not None:
+        raise BadInput("the stream's width is cut in models that read tokens without a projection")
+    if head is not None and (head.transform is not None or head.size is not None or head.pool_norm is not None):
+        raise BadInput("the stream's width is cut under a plain head: without transform, size and pool_norm")
+
+
+def _check_sharing(stack: Any, inner: Sequence[Mapping[str, Tensor | None]]) -> None:
+    """Refuse different choices for layers that have the same weights."""
+    for i, first in enumerate(getattr(stack, "shared", ())):
+        for axis, index in inner[i].items():
+            if index is not None and not torch.equal(index, inner[first][axis]):  # type: ignore[arg-type]
+                raise BadInput(f"layers {first} and {i} share their weights, so the same {axis} must be kept in both")
+
+
+def _axes(name: str, table: Mapping[str, tuple[Axis, ...]], chosen: Mapping[str, Tensor | None]) -> tuple[Axis, ...]:
+    """What a tensor runs along; nothing for one whose part of the model is not cut."""
+    if name in table:
+        return table[name]
+    cut = {axis for axis, index in chosen.items() if index is not None}
+    if "stream" in cut or (name.startswith("ffn.") and "ffn" in cut) or (name.startswith(("mixer.", "cross.")) and "groups" in cut):
         raise BadInput(f"it is not known which widths the tensor '{name}' runs along, so this model cannot be cut")
-    return table[name]
+    return ()
 
 
 def _layer_index(
