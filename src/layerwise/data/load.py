@@ -249,7 +249,7 @@ def _split(raw: Raw, spec: DataSpec) -> dict[str, Rows]:
     Raises:
         BadInput: a split would be empty, or fewer documents or examples exist than were asked for.
     """
-    splits = dict(raw.splits)
+    splits = {name: rows if spec.classes is None else _of_classes(rows, spec.classes, raw.name) for name, rows in raw.splits.items()}
     if "train" not in splits:
         raise BadInput(f"{raw.name} has no training split; it has {', '.join(splits)}")
     if not all(len(rows) for rows in splits.values()):
@@ -266,6 +266,17 @@ def _split(raw: Raw, spec: DataSpec) -> dict[str, Rows]:
         train = train.take(np.flatnonzero(~held))
     splits["train"] = train if spec.examples is None else _chosen(train, spec)
     return {name: splits[name] for name in SPLITS if name in splits}
+
+
+def _of_classes(rows: Rows, classes: tuple[int, ...], name: str) -> Rows:
+    """The rows of some classes, which are numbered by their places among them."""
+    assert rows.labels is not None
+    for label in classes:
+        if not (rows.labels == label).any():
+            raise BadInput(f"data.classes: {name} has no row of class {label}; it has classes 0 to {int(rows.labels.max(initial=0))}")
+    chosen = rows.take(np.flatnonzero(np.isin(rows.labels, classes)))
+    assert chosen.labels is not None
+    return dataclasses.replace(chosen, labels=np.array([classes.index(label) for label in chosen.labels], dtype=np.int64))
 
 
 def _held_out(rows: Rows, spec: DataSpec, name: str) -> np.ndarray:

@@ -73,6 +73,7 @@ class DataSpec:
             loss is on the target alone, and with several tasks the prompt begins with the task's name. Rows longer than `length` are left out.
         tokenizer: for text. length: tokens in a row.
         validation: share of the documents (or images) held out where the source has no validation split of its own.
+        classes: use the rows of these classes only, numbered anew in this order (None: all).
         documents: use so many documents only. examples: use so many training images only, classes evenly.
         boundaries: packed rows carry `segment_ids` and positions that restart with every document.
         augment: random changes to training images.
@@ -85,6 +86,7 @@ class DataSpec:
     tokenizer: TokenizerSpec = field(default_factory=TokenizerSpec)
     length: int = 128
     validation: float = 0.1
+    classes: tuple[int, ...] | None = None
     documents: int | None = None
     examples: int | None = None
     boundaries: bool = False
@@ -103,6 +105,8 @@ class DataSpec:
                 raise unknown(name, COLUMNS, "canonical column in data.columns:")
         if self.pairs and self.columns:
             raise BadInput("data.pairs names the columns of prompts and targets: leave data.columns out")
+        if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes) or min(self.classes) < 0):
+            raise BadInput(f"classes are at least two different class numbers; got {list(self.classes)}")
         for name in ("documents", "examples"):
             value = getattr(self, name)
             if value is not None and value < 2:

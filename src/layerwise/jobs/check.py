@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
@@ -18,7 +18,7 @@ from layerwise.edit.adapt import Role
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
-from layerwise.jobs.references import check_references
+from layerwise.jobs.references import STAGE, START, check_references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.memory import check_room
 from layerwise.models.hf import family_for
@@ -156,6 +156,7 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
     spec = _starting_spec(plan)
     _check_parts(spec)
     _match_data(spec, plan)
+    left = {START: spec}
     for i, stage in enumerate(plan.stages):
         with _prefixed(f"stages.{stage.name}: "):
             there = plan if stage.source is None else dataclasses.replace(plan, data=stage.source)
@@ -165,6 +166,7 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
             _check_head(stage, spec, there)
             check_references(stage, plan.stages[:i], plan.model)
             if isinstance(stage.spec, TrainSpec):
+                _check_teacher(stage.spec, spec, left)
                 yield dataclasses.replace(stage, spec=_checked_training(stage.spec, spec, probe=stage.probe is not None))
             elif isinstance(stage.spec, Export):
                 if stage.spec.format == "gptq":
@@ -186,6 +188,7 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
                 if stage.kind == "edit":
                     spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options)
                 yield stage
+        left[STAGE + stage.name] = spec
 
 
 def _starting_spec(plan: Plan) -> ModelSpec:
@@ -233,6 +236,14 @@ def _checked_training(train: TrainSpec, spec: ModelSpec, *, probe: bool) -> Trai
     return dataclasses.replace(train, policies=tuple(policies))
 
 
+def _check_teacher(train: TrainSpec, spec: ModelSpec, left: Mapping[str, ModelSpec]) -> None:
+    """Let an objective that learns from a teacher compare the two descriptions; `left` has those that references name."""
+    kind, teacher = lookup(OBJECTIVES, train.objective, "objective"), train.options.get("teacher")
+    if hasattr(kind, "check") and isinstance(teacher, str):
+        complete = checked_options(kind, train.options, "options")
+        kind.check(complete, spec, left[teacher] if teacher in left else described(Path(teacher)))
+
+
 def _check_optimizer(spec: OptimizerSpec) -> None:
     """Make the optimizer of a single number: it says itself which values it cannot have."""
     try:
@@ -242,26 +253,32 @@ def _check_optimizer(spec: OptimizerSpec) -> None:
 
 
 def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
-    need = NEEDS_HEAD.get(stage.what)
+    what = stage.what
+    if isinstance(stage.spec, TrainSpec) and what in ("distillation", "filters"):
+        # The objective contains another one, which has the needs.
+        what = str(stage.spec.options.get("task", "classification" if what == "filters" else ""))
+        if stage.what == "filters" and spec.filters is None:
+            raise BadInput("the objective filters trains a model's filters, and this one has none: put edit: add-filters before it")
+    need = NEEDS_HEAD.get(what)
     if need is None:
         return
     have = spec.head.kind if spec.head is not None else "no"
     if have != need:
-        raise BadInput(f"{stage.what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
+        raise BadInput(f"{what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
     if spec.decoder is not None:
         raise BadInput(
-            f"{stage.what} reads one text a row; this model is an encoder-decoder, which needs a source and a target: take a decoder"
+            f"{what} reads one text a row; this model is an encoder-decoder, which needs a source and a target: take a decoder"
         )
-    if stage.what in CAUSAL and not spec.causal:
-        raise BadInput(f"{stage.what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
-    if stage.what == "masked-lm" and spec.causal:
+    if what in CAUSAL and not spec.causal:
+        raise BadInput(f"{what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
+    if what == "masked-lm" and spec.causal:
         raise BadInput("masked-lm needs layers that see both sides; this model's are causal")
     if isinstance(spec.stack, PlainStackSpec) and need == "lm":
-        raise BadInput(f"{stage.what} reads text; this model reads images")
+        raise BadInput(f"{what} reads text; this model reads images")
     if stage.what == "continuation" and not plan.data.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
     if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
-        raise BadInput(f"{stage.what} needs data with labels; {plan.data.source} has none")
+        raise BadInput(f"{what} needs data with labels; {plan.data.source} has none")
 
 
 def _measured_by(stage: Stage) -> str | None:

@@ -22,6 +22,7 @@ from layerwise.embed.tokens import TokenEmbedding
 from layerwise.embed.wave import WaveEmbedding
 from layerwise.errors import BadInput
 from layerwise.memory import check_room
+from layerwise.models.filters import Filters
 from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.spec import ModelSpec
@@ -92,6 +93,7 @@ class Model(nn.Module):
             else:
                 assert isinstance(tokens, TokenSpec) and tokens.vocab
                 self.head = LMHead(spec.head, out, tokens.vocab)
+        self.filters = Filters(spec.filters, width) if spec.filters is not None else None
         if spec.adapters_only:
             for name, parameter in self.named_parameters():
                 parameter.requires_grad_(".lora_" in name)
@@ -204,7 +206,7 @@ class Model(nn.Module):
     def initialize(self, generator: torch.Generator) -> Model:
         """Fresh weights, in place."""
         std = getattr(self.spec.stack, "init_std", None)
-        parts: list[Any] = [self.embedding, self.target, self.head]
+        parts: list[Any] = [self.embedding, self.target, self.head, self.filters]
         for part in parts:
             if part is not None:
                 part.initialize(std, generator)

@@ -104,6 +104,26 @@ AnyStackSpec = Annotated[Annotated[StackSpec, Tag("layers")] | Annotated[PlainSt
 
 
 @dataclass(frozen=True)
+class FilterSpec:
+    """Small trained maps that read what some layers hand on (`layerwise.models.filters`).
+
+    Attributes:
+        layers: which, counted from 0. size: of the vectors that come out.
+        activation: between two linear maps (None: there is one map).
+    """
+
+    layers: tuple[int, ...]
+    size: int
+    activation: Activation | None = None
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0 or self.size < 1:
+            raise BadInput(f"filters read some layers, each once, and make vectors of at least one number; got {self.layers} and {self.size}")
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A whole model.
 
@@ -112,6 +132,7 @@ class ModelSpec:
         decoder: a second stack (with `cross` layers) over the target tokens, which makes this an encoder-decoder.
         target: the decoder's embedding; None shares the encoder's.
         adapters_only: every parameter is frozen except low-rank terms (LoRA).
+        filters: maps that read layers' outputs in distillation; the model computes the same without them.
     """
 
     embedding: EmbeddingSpec = field(default_factory=TokenSpec)
@@ -120,10 +141,12 @@ class ModelSpec:
     decoder: StackSpec | None = None
     target: TokenSpec | None = None
     adapters_only: bool = False
+    filters: FilterSpec | None = None
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
+        self._check_filters()
         if isinstance(self.stack, PlainStackSpec) and isinstance(self.embedding, TokenSpec):
             raise BadInput("a stack of convolutional or dense layers reads images: set embedding.kind to pixels")
         if isinstance(self.embedding, PixelSpec | StemSpec):
@@ -144,6 +167,18 @@ class ModelSpec:
                 raise BadInput(
                     f"a tied head needs head.size {tokens.size}, the size of the embedding's vectors; it is {head.size or width}"
                 )
+
+    def _check_filters(self) -> None:
+        """Filters read transformer layers that are there."""
+        if self.filters is None:
+            return
+        if not isinstance(self.stack, StackSpec) or self.decoder is not None:
+            raise BadInput("filters read the layers of one stack of transformer layers; this model has others: drop them (edit: drop-filters)")
+        if max(self.filters.layers) >= self.stack.depth:
+            raise BadInput(
+                f"filters read layer {max(self.filters.layers)}; the stack has layers 0 to {self.stack.depth - 1}: "
+                "drop the filters first (edit: drop-filters)"
+            )
 
     def _check_patches(self, embedding: Any) -> None:
         """Patches go to transformer layers, and what needs them finds them."""

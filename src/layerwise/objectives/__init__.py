@@ -12,6 +12,8 @@ OBJECTIVES = {
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "distilled-masked-lm": "layerwise.objectives.masked_distill:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",
+    "distillation": "layerwise.objectives.distill:Distillation",
+    "filters": "layerwise.objectives.filters:FilterTraining",
     "hidden-distillation": "layerwise.objectives.distill:HiddenDistillation",
     "logit-distillation": "layerwise.objectives.distill:LogitDistillation",
 }

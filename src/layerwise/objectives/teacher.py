@@ -23,12 +23,16 @@ class Teacher:
         self._model = model if isinstance(model, Model) else None
         self._folder = None if isinstance(model, Model) else model
 
-    def __call__(self, batch: Mapping[str, Any], device: torch.device, **context: Any) -> Output:
-        """The teacher's output on `batch`, on `device`."""
+    def model(self, device: torch.device) -> Model:
+        """The teacher, in evaluation mode on `device`."""
         if self._model is None:
             assert self._folder is not None
             self._model = load_any(self._folder, str(device))
         if self._model.device != device:
             self._model = self._model.to(device)
+        return self._model.eval()
+
+    def __call__(self, batch: Mapping[str, Any], device: torch.device, **context: Any) -> Output:
+        """The teacher's output on `batch`, on `device`."""
         with torch.no_grad():
-            return self._model.eval()(batch, **context)
+            return self.model(device)(batch, **context)
