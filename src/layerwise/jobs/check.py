@@ -239,9 +239,9 @@ def _checked_training(train: TrainSpec, spec: ModelSpec, *, probe: bool) -> Trai
 def _check_teacher(train: TrainSpec, spec: ModelSpec, left: Mapping[str, ModelSpec]) -> None:
     """Let an objective that learns from a teacher compare the two descriptions; `left` has those that references name."""
     kind, teacher = lookup(OBJECTIVES, train.objective, "objective"), train.options.get("teacher")
-    if hasattr(kind, "check") and isinstance(teacher, str):
+    if hasattr(kind, "check_teacher") and isinstance(teacher, str):
         complete = checked_options(kind, train.options, "options")
-        kind.check(complete, spec, left[teacher] if teacher in left else described(Path(teacher)))
+        kind.check_teacher(complete, spec, left[teacher] if teacher in left else described(Path(teacher)))
 
 
 def _check_optimizer(spec: OptimizerSpec) -> None:

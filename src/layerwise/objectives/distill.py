@@ -87,7 +87,7 @@ class Distillation(Objective):
         self._factored: list[Pair] | None = None
 
     @staticmethod
-    def check(options: Mapping[str, Any], student: ModelSpec, teacher: ModelSpec) -> None:
+    def check_teacher(options: Mapping[str, Any], student: ModelSpec, teacher: ModelSpec) -> None:
         """Refuse before a run what the descriptions of student and teacher say cannot be compared."""
         if options.get("predict") is not None:
             depth = teacher.stack.depth
@@ -162,8 +162,8 @@ class HiddenDistillation(Distillation):
         super().__init__(data, teacher=teacher, hidden=1.0, pairs=pairs, distance=distance)
 
     @staticmethod
-    def check(options: Mapping[str, Any], student: ModelSpec, teacher: ModelSpec) -> None:
-        Distillation.check({"hidden": 1.0, **options}, student, teacher)
+    def check_teacher(options: Mapping[str, Any], student: ModelSpec, teacher: ModelSpec) -> None:
+        Distillation.check_teacher({"hidden": 1.0, **options}, student, teacher)
 
 
 class LogitDistillation(Distillation):
