@@ -266,9 +266,7 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
     if have != need:
         raise BadInput(f"{what} needs a model with a head of kind {need}; this one has {have} head: set model.head.kind")
     if spec.decoder is not None:
-        raise BadInput(
-            f"{what} reads one text a row; this model is an encoder-decoder, which needs a source and a target: take a decoder"
-        )
+        raise BadInput(f"{what} reads one text a row; this model is an encoder-decoder, which needs a source and a target: take a decoder")
     if what in CAUSAL and not spec.causal:
         raise BadInput(f"{what} needs causal layers (model.stack.layer.causal: true); this model sees the answer")
     if what == "masked-lm" and spec.causal:

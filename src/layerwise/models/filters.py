@@ -32,7 +32,9 @@ class Filters(nn.Module):
         if layer not in self.spec.layers:
             return hidden
         made = self.first[str(layer)](hidden)
-        return made if self.second is None or self.spec.activation is None else self.second[str(layer)](activation(self.spec.activation)(made))
+        return (
+            made if self.second is None or self.spec.activation is None else self.second[str(layer)](activation(self.spec.activation)(made))
+        )
 
     def initialize(self, std: float, generator: torch.Generator) -> None:
         """Uniform with the bound of `nn.Linear`, 1 / sqrt(in), biases too, whatever the stack's `std`."""

@@ -120,7 +120,9 @@ class FilterSpec:
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0 or self.size < 1:
-            raise BadInput(f"filters read some layers, each once, and make vectors of at least one number; got {self.layers} and {self.size}")
+            raise BadInput(
+                f"filters read some layers, each once, and make vectors of at least one number; got {self.layers} and {self.size}"
+            )
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,9 @@ class ModelSpec:
         if self.filters is None:
             return
         if not isinstance(self.stack, StackSpec) or self.decoder is not None:
-            raise BadInput("filters read the layers of one stack of transformer layers; this model has others: drop them (edit: drop-filters)")
+            raise BadInput(
+                "filters read the layers of one stack of transformer layers; this model has others: drop them (edit: drop-filters)"
+            )
         if max(self.filters.layers) >= self.stack.depth:
             raise BadInput(
                 f"filters read layer {max(self.filters.layers)}; the stack has layers 0 to {self.stack.depth - 1}: "

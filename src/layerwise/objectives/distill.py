@@ -156,9 +156,7 @@ class HiddenDistillation(Distillation):
         teacher, pairs, distance: see `Distillation`.
     """
 
-    def __init__(
-        self, data: Any = None, *, teacher: str, pairs: Pairs = None, distance: Distance = "mse"
-    ) -> None:
+    def __init__(self, data: Any = None, *, teacher: str, pairs: Pairs = None, distance: Distance = "mse") -> None:
         super().__init__(data, teacher=teacher, hidden=1.0, pairs=pairs, distance=distance)
 
     @staticmethod
@@ -193,4 +191,3 @@ def paired(ours: Output, theirs: Output, pairs: Pairs) -> list[Couple]:
 def _vectors(hidden: Tensor) -> Tensor:
     """Hidden states with their vectors along the last axis: of maps (b, c, h, w), the channels at each place."""
     return hidden.movedim(1, -1) if hidden.dim() == 4 else hidden
-
