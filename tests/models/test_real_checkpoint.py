@@ -7,6 +7,8 @@ import pytest
 import tokenizers
 import torch
 
+from layerwise.edit.expansion import expand
+from layerwise.errors import BadInput
 from layerwise.infer.sentences import sentence_embeddings
 from layerwise.jobs.api import run
 from layerwise.models.checkpoint import load, save
@@ -22,6 +24,20 @@ def test_an_export_loads_in_sentence_transformers_as_the_original_does(minilm, t
     out = export_hf(kept, tmp_path / "out", tokenizer=tokenizer)
     theirs, back = (sentence_transformers.SentenceTransformer(str(f), device="cpu").encode(SENTENCES) for f in (minilm, out))
     assert (theirs == back).all()
+
+
+def test_it_grows_by_layers_between_its_own_and_transformers_runs_them(minilm, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = import_hf(minilm)
+    grown = expand(model, layers=[2, 5], start="slerp")
+    theirs = transformers.AutoModel.from_pretrained(export_hf(grown, tmp_path / "out")).eval()
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    ids = torch.tensor([tokenizer.encode(SENTENCES[0]).ids[:12]])
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).last_hidden_state, grown.eval()({"input_ids": ids}).hidden, rtol=1e-4, atol=1e-5)
+    assert theirs.config.num_hidden_layers == 8
+    with pytest.raises(BadInput, match="silent needs layers that add to the stream"):
+        expand(model, count=2)
 
 
 def test_files_beside_it_are_kept_and_others_are_not_followed(minilm, tmp_path):
