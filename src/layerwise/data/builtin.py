@@ -1,4 +1,4 @@
-"""Corpora that are always there: CPython's documentation and library, scikit-learn's digits."""
+"""Corpora that are always there: CPython's documentation and library, scikit-learn's digits, and texts made up to be asked about."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ BUILTIN = {
     "docs+code": "layerwise.data.builtin:mixture",
     "digits": "layerwise.data.builtin:digits",
 }
-KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images"}
+RECALL = {
+    "key-values": "layerwise.data.recall:key_values",
+    "lines": "layerwise.data.recall:lines",
+    "needle": "layerwise.data.recall:needle",
+}
+"""Texts of a length, a number and a seed, those of the data's description: `(length, texts, seed) -> Raw`."""
+KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images", **dict.fromkeys(RECALL, "text")}
 LABELLED = ("docs-or-code", "digits")
 
 _SKIPPED = {

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, identity
+from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, RECALL, identity
 from layerwise.data.paths import data_files, descriptions, kind_of, refuse_archives, splits_of
 from layerwise.data.raw import Raw, Rows
 from layerwise.data.spec import DataSpec
@@ -16,6 +16,8 @@ from layerwise.errors import BadInput
 from layerwise.table import lookup, nearest
 
 DOCUMENT_CHARACTERS = 3000
+TEXTS = 4096
+"""Texts of a made-up corpus, where `data.documents` does not say how many."""
 
 
 def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
@@ -27,7 +29,7 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
     """
     kind, name = _kind(spec.source)
     if kind == "builtin":
-        lookup(dict.fromkeys(BUILTIN, "layerwise.data.raw:Raw"), name, "built-in corpus")
+        lookup(dict.fromkeys([*BUILTIN, *RECALL], "layerwise.data.raw:Raw"), name, "built-in corpus")
         _refuse_columns(spec)
         check_fit(spec, KINDS[name], labelled=name in LABELLED)
     elif kind != "hub":
@@ -105,6 +107,8 @@ def read_source(spec: DataSpec, data_dir: Path | None = None) -> Raw:
     kind, name = _kind(spec.source)
     if kind == "builtin":
         check_source(spec, data_dir)
+        if name in RECALL:
+            return lookup(RECALL, name, "built-in corpus")(spec.length, spec.documents or TEXTS, spec.seed)
         return lookup(BUILTIN, name, "built-in corpus")()
     if kind == "hub":
         return from_tables(spec.source, _hub(name), spec)

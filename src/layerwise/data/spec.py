@@ -67,7 +67,7 @@ class DataSpec:
     """One data set, its splits and its rows.
 
     Attributes:
-        source: `builtin:docs|code|digits`, `path:FILE_OR_FOLDER`, `hub:NAME[:CONFIG]`, or a named set in the data folder.
+        source: `builtin:docs|code|digits|key-values|lines|needle` ..., `path:FILE_OR_FOLDER`, `hub:NAME[:CONFIG]`, or a named set in the data folder.
         columns: canonical name (text, image, label) -> the source's column (`{text: body}`).
         pairs: task -> columns of its prompt and its target (`{translate: [en, de]}`): each row of the table is a row for each task, its
             loss is on the target alone, and with several tasks the prompt begins with the task's name. Rows longer than `length` are left out.

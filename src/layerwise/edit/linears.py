@@ -32,7 +32,8 @@ def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
     def dense(layer: LayerSpec) -> LayerSpec:
         if any(s.kind.startswith("binary") for s in layer.linears.values()):
             raise BadInput("binary linears binarize their inputs too: no dense matrix computes the same, so merge cannot make them dense")
-        return dataclasses.replace(layer, linears={})
+        thin = layer.cache is not None and layer.cache.kind == "low-rank"
+        return dataclasses.replace(layer, linears={}, cache=None if thin else layer.cache)
 
     plain = _with_stacks(spec, dense)
     return dataclasses.replace(plain, adapters_only=False)

@@ -19,6 +19,7 @@ EVALUATIONS = {
     "masked-lm": "layerwise.evaluate.language:masked_language_modeling",
     "classification": "layerwise.evaluate.accuracy:classification",
     "embedding-agreement": "layerwise.evaluate.agreement:embedding_agreement",
+    "recall": "layerwise.evaluate.recall:recall",
     "multiple-choice": "layerwise.evaluate.choice:multiple_choice",
 }
 

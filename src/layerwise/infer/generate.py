@@ -24,6 +24,7 @@ def generate(
     attention_mask: Tensor | None = None,
     start: int | None = None,
     path: list[int] | None = None,
+    cache: Cache | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "b s_new"]:
     """Continue `ids` by up to `new` tokens; returns prompts and continuations, rows that stopped early filled with `stop`.
@@ -37,6 +38,7 @@ def generate(
         attention_mask: (b, s), 0 where prompts are padded (on the left; an encoder's on either side).
         start: the token before the first of an encoder-decoder's text (None: the one its checkpoint's config names).
         path: layers to run, in order, instead of each once.
+        cache: what was read before `ids` (attention_mask covers it too); it goes on from there. None: nothing.
         seed: of the sampling.
     """
     if not model.causal:
@@ -44,7 +46,7 @@ def generate(
     if ids.dim() != 2 or not ids.shape[1]:
         raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
     generator = torch.Generator(device=ids.device).manual_seed(seed)
-    cache, source, memory = Cache(), None, None
+    cache, source, memory = Cache() if cache is None else cache, None, None
     if model.decoder is not None:
         source = {"input_ids": ids} if attention_mask is None else {"input_ids": ids, "attention_mask": attention_mask}
         ids = torch.full((len(ids), 1), _start(model) if start is None else start, device=ids.device)

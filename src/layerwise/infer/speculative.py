@@ -52,6 +52,10 @@ class SelfSpeculation:
     ) -> None:
         if not model.causal or model.decoder is not None or not isinstance(model.head, LMHead):
             raise BadInput("self-speculation continues a text: it needs a causal decoder with a head of kind lm")
+        if any(getattr(layer, "cache", None) is not None for layer in model.spec.stack.layers):
+            raise BadInput(
+                "self-speculation takes steps back, which a compressed cache cannot: merge it (edit: merge), or decode without drafts"
+            )
         if ids.dim() != 2 or not ids.shape[1]:
             raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
         if not 1 <= exit_layer <= model.stack.depth or draft < 0:

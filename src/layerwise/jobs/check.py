@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from layerwise.data.builtin import KINDS, LABELLED
+from layerwise.data.builtin import KINDS, LABELLED, RECALL
 from layerwise.data.load import check_source
 from layerwise.data.tokenizer import SPECIALS
 from layerwise.edit import PREVIEWS
@@ -42,6 +42,7 @@ from layerwise.train.spec import TrainSpec
 NEEDS_HEAD = {
     "composition": "lm",
     "causal-lm": "lm",
+    "recall": "lm",
     "masked-lm": "lm",
     "distilled-masked-lm": "lm",
     "language-modeling": "lm",
@@ -65,6 +66,7 @@ NEEDS_HEAD = {
 }
 CAUSAL = (
     "causal-lm",
+    "recall",
     "language-modeling",
     "layer-drop",
     "block-drop",
@@ -253,6 +255,8 @@ def _check_optimizer(spec: OptimizerSpec) -> None:
 
 
 def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
+    if stage.what == "cache-reconstruction" and not _shrunk(spec):
+        raise BadInput("cache-reconstruction trains the factors of a shrunk cache: make them first (edit: shrink-cache)")
     what = stage.what
     if isinstance(stage.spec, TrainSpec) and what in ("distillation", "filters"):
         # The objective contains another one, which has the needs.
@@ -275,6 +279,10 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput(f"{what} reads text; this model reads images")
     if stage.what == "continuation" and not plan.data.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
+    if stage.what == "recall" and _builtin(plan) is not None and plan.data.source.removeprefix("builtin:") not in RECALL:
+        raise BadInput(
+            f"recall asks questions about texts, and {plan.data.source} holds none: set data.source to builtin:{', builtin:'.join(RECALL)}"
+        )
     if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{what} needs data with labels; {plan.data.source} has none")
 
@@ -283,6 +291,12 @@ def _measured_by(stage: Stage) -> str | None:
     """The objective whose loss or gradients an edit or analysis will look at, if it does."""
     chosen = [stage.options[name] for name in ("by", "adapt") if name in stage.options]
     return stage.options.get("objective") if not chosen or any(by in OF_A_LOSS for by in chosen) else None
+
+
+def _shrunk(spec: ModelSpec) -> bool:
+    """Whether some layer keeps thin features of keys and values."""
+    layers = spec.stack.layers if isinstance(spec.stack, StackSpec) else ()
+    return any(layer.cache is not None and layer.cache.kind == "low-rank" for layer in layers)
 
 
 def _builtin(plan: Plan) -> str | None:

@@ -29,6 +29,7 @@ SECTIONS = {
     "decoder": "layerwise.stack.spec:StackSpec",
     "layer": "layerwise.stack.spec:LayerSpec",
     "linears": "layerwise.stack.spec:LinearSpec",
+    "cache": "layerwise.stack.spec:CacheSpec",
     "plain": "layerwise.models.plain_spec:PlainLayerSpec",
     "embedding": "layerwise.embed.spec:TokenSpec",
     "target": "layerwise.embed.spec:TokenSpec",

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 TRAINING = ("train_loss",)
 EXPORT = ("export_bytes",)
 OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "cache-reconstruction": ("key_error", "value_error"),
     "causal-lm": (),
     "classification": (),
     "deep-supervision": (),
@@ -91,6 +92,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
     "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
     "masked-lm": ("val_loss", "perplexity"),
     "token-routing": ("val_loss", "perplexity", "active_share", "flops_per_token", "flops_share", "ffn_share", "tokens_per_second"),
+    "recall": ("recall_accuracy", "answer_loss", "cache_bytes", "cache_share"),
     "self-speculation": ("speedup", "acceptance", "identical", "tokens_per_second"),
     "multiple-choice": ("accuracy", "accuracy_normalized", "gold_log_likelihood"),
 }

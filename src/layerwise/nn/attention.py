@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerwise.nn.caches import make_store
+from layerwise.nn.caches.heavy import HeavyStore
 from layerwise.nn.linear import make_linear
 from layerwise.nn.norms import Gain
 from layerwise.nn.positions import GridBias, rotate
@@ -50,22 +52,28 @@ class Attention(nn.Module):
         self.grid = GridBias(spec.heads, spec.grid) if spec.position == "grid" and spec.grid is not None else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
-        q = self._heads(self.q(x), self.q_norm)
+        q = self.heads(self.q(x), self.q_norm)
+        store: Any = None
         if self.cross:
             k, v = self._memory(ctx, slot)
             bias, causal = ctx.memory_bias(), False
         else:
-            k, v = self._heads(self.k(x), self.k_norm), self._heads(self.v(x))
+            k, v = self.heads(self.k(x), self.k_norm), self.heads(self.v(x))
             if self.spec.position == "rotary":
-                cos, sin = ctx.rotary(self.spec.rotary_dim or self.size, self.spec.rope_theta, q.dtype, self.spec.rope_scaling)
+                cos, sin = self.rotary(ctx, q.dtype)
                 q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             keys = None
             if ctx.cache is not None:
                 assert ctx.positions is not None
-                k, v, keys = ctx.cache.append(slot, k, v, ctx.positions)
+                if (kept := self.spec.cache) is None:
+                    k, v, keys = ctx.cache.append(slot, k, v, ctx.positions)
+                else:
+                    store = ctx.cache.store(slot, lambda: make_store(kept))
+                    k, v, keys = store.extend(self, x, k, v, ctx)
             bias, causal = ctx.bias(self.spec, q, keys, self.grid)
-        if ctx.recorder is not None and not self.cross and ctx.recorder.wants_attention(slot[0]):
-            out = self._recorded(q, k, v, bias, causal, ctx, slot)
+        recorded = ctx.recorder is not None and not self.cross and ctx.recorder.wants_attention(slot[0])
+        if recorded or isinstance(store, HeavyStore):
+            out = self._recorded(q, k, v, bias, causal, ctx, slot, store)
         else:
             dropout = self.spec.attention_dropout if self.training else 0.0
             grouped = k.shape[1] != q.shape[1]
@@ -75,7 +83,11 @@ class Attention(nn.Module):
             return self.o(out)
         return self.o(self.head_scale(out)) if self.spec.head_scale == "before" else self.head_scale(self.o(out))
 
-    def _heads(self, x: Float[Tensor, "b s hd"], norm: nn.Module | None = None) -> Float[Tensor, "b h s d"]:
+    def rotary(self, ctx: Context, dtype: torch.dtype, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Cosine and sine that turn this layer's heads, at the pass's positions or at others."""
+        return ctx.rotary(self.spec.rotary_dim or self.size, self.spec.rope_theta, dtype, self.spec.rope_scaling, positions)
+
+    def heads(self, x: Float[Tensor, "b s hd"], norm: nn.Module | None = None) -> Float[Tensor, "b h s d"]:
         x = x.unflatten(-1, (-1, self.size))
         return (x if norm is None else norm(x)).transpose(1, 2)
 
@@ -85,13 +97,13 @@ class Attention(nn.Module):
         if pair is None:
             if ctx.memory is None:
                 raise ValueError("a cross-attention layer needs ctx.memory, the encoder's output")
-            pair = self._heads(self.k(ctx.memory), self.k_norm), self._heads(self.v(ctx.memory))
+            pair = self.heads(self.k(ctx.memory), self.k_norm), self.heads(self.v(ctx.memory))
             if ctx.cache is not None:
                 ctx.cache.remember(slot, *pair)
         return pair
 
-    def _recorded(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, ctx: Context, slot: Slot) -> Tensor:
-        """The same attention with its probabilities (b, h, s, keys) left in the recorder."""
+    def _recorded(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool, ctx: Context, slot: Slot, store: Any) -> Tensor:
+        """The same attention with its probabilities (b, h, s, keys) left in the recorder, and shown to a store that goes by them."""
         groups = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         scores = q @ k.transpose(-1, -2) * self.scale
@@ -101,6 +113,8 @@ class Attention(nn.Module):
         elif bias is not None:
             scores = scores.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else scores + bias
         probabilities = scores.softmax(dim=-1)
-        assert ctx.recorder is not None
-        ctx.recorder.attention[slot[0]] = probabilities.detach() if ctx.recorder.detach else probabilities
+        if isinstance(store, HeavyStore):
+            store.observe(probabilities.detach(), ctx)
+        if ctx.recorder is not None and ctx.recorder.wants_attention(slot[0]):
+            ctx.recorder.attention[slot[0]] = probabilities.detach() if ctx.recorder.detach else probabilities
         return F.dropout(probabilities, self.spec.attention_dropout, self.training) @ v

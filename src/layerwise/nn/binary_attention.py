@@ -60,8 +60,8 @@ class BinaryAttention(Attention):
         self.estimators = Estimators(spec.width, spec.estimator_rank) if spec.estimator_rank else None
 
     def forward(self, x: Float[Tensor, "b s width"], ctx: Context, slot: Slot) -> Float[Tensor, "b s width"]:
-        q = self._heads(self.q(x), self.q_norm)
-        k, v = self._heads(self.k(x), self.k_norm), self._heads(self.v(x))
+        q = self.heads(self.q(x), self.q_norm)
+        k, v = self.heads(self.k(x), self.k_norm), self.heads(self.v(x))
         bias, _ = ctx.bias(self.spec, q, None, self.grid)
         scores = self.q_bits(q) @ self.k_bits(k).mT
         if self.estimators is not None:

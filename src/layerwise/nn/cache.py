@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from layerwise.errors import BadInput
+
 Slot = tuple[int, int]
 """`(layer index, how often that layer ran before in this pass)`: one place on the path that is run."""
+
+
+class Store(Protocol):
+    """What a layer that does not keep all keys and values (`LayerSpec.cache`) keeps instead, in one slot."""
+
+    def tensors(self) -> list[Tensor]:
+        """The keys and values that are kept, in whatever form; without what keeps books of them."""
+
+    def reorder(self, rows: Int[Tensor, " b"], same: dict[int, object]) -> None:
+        """Keep the batch rows `rows`; `same` remembers by id what slots share."""
+
+
+Kept = TypeVar("Kept", bound=Store)
+Made = TypeVar("Made")
 
 
 class Cache:
@@ -36,13 +54,22 @@ class Cache:
         self._positions: dict[Slot, Tensor] = {}
         self._times: dict[Slot, list[int]] = {}
         self._memory: dict[Slot, tuple[Tensor, Tensor]] = {}
+        self._stores: dict[Slot, Store] = {}
+        self._plans: dict[tuple[object, ...], object] = {}
         self._joined: tuple[Tensor | None, Tensor, Tensor] | None = None
 
     @property
     def bytes(self) -> int:
         """Bytes of all buffers, spare room included."""
         pairs = [*self._buffers.values(), *self._memory.values()]
-        return sum(t.numel() * t.element_size() for pair in pairs for t in pair)
+        stored = [t for store in self._stores.values() for t in store.tensors()]
+        return sum(t.numel() * t.element_size() for t in [*stored, *(t for pair in pairs for t in pair)])
+
+    def kept(self) -> list[Tensor]:
+        """All that is kept of keys and values, in whatever form, without spare room."""
+        pairs = [(k[:, :, : self.held(slot)], v[:, :, : self.held(slot)]) for slot, (k, v) in self._buffers.items()]
+        whole = [t for pair in [*pairs, *self._memory.values()] for t in pair]
+        return whole + [t for store in self._stores.values() for t in store.tensors()]
 
     def held(self, slot: Slot) -> int:
         """Number of positions held in `slot`."""
@@ -52,6 +79,7 @@ class Cache:
         """Announce that a pass over `steps` new positions begins."""
         self.first = self.first or steps
         self.length += steps
+        self._plans = {}
 
     def append(
         self, slot: Slot, key: Float[Tensor, "b h s d"], value: Float[Tensor, "b h s d"], positions: Int[Tensor, "b s"]
@@ -85,6 +113,19 @@ class Cache:
         self._joined = (old, new, result)
         return result
 
+    def store(self, slot: Slot, make: Callable[[], Kept]) -> Kept:
+        """What keeps the keys and values of a slot whose layer does not keep all of them; `make()` where it is not there yet."""
+        found = self._stores.get(slot)
+        if found is None:
+            found = self._stores[slot] = make()
+        return found  # type: ignore[return-value]
+
+    def planned(self, key: tuple[object, ...], make: Callable[[], Made]) -> Made:
+        """`make()`, kept for the rest of this pass: stores that are in step do the same. What `key` names by id must live in what is made."""
+        if key not in self._plans:
+            self._plans[key] = make()
+        return self._plans[key]  # type: ignore[return-value]
+
     def remember(self, slot: Slot, key: Tensor, value: Tensor) -> None:
         """Keep the keys and values a cross-attention made from its memory."""
         self._memory[slot] = (key, value)
@@ -94,7 +135,13 @@ class Cache:
         return self._memory.get(slot)
 
     def crop(self, length: int) -> None:
-        """Forget everything written at or after position `length` of the pass (rejected drafts)."""
+        """Forget everything written at or after position `length` of the pass (rejected drafts).
+
+        Raises:
+            BadInput: a layer's cache has let go of what would have to come back.
+        """
+        if self._stores and length < self.length:
+            raise BadInput("a model whose layers keep a compressed cache takes no step back: no drafts are rejected with it")
         self.length = min(self.length, length)
         short: dict[tuple[int, int], Tensor] = {}
         for slot, times in self._times.items():
@@ -128,8 +175,12 @@ class Cache:
                 runs = held[place] == rows if len(held) else torch.zeros_like(rows, dtype=torch.bool)
                 within[slot] = place[runs]
                 self.decisions[slot] = runs.nonzero().squeeze(1)
-        for store in (self._buffers, self._memory):
-            store.update({s: (k.index_select(0, r), v.index_select(0, r)) for s, (k, v) in store.items() for r in (within.get(s, rows),)})
+        for kept in (self._buffers, self._memory):
+            kept.update({s: (k.index_select(0, r), v.index_select(0, r)) for s, (k, v) in kept.items() for r in (within.get(s, rows),)})
+        shared: dict[Slot | None, dict[int, object]] = {}
+        for slot, store in self._stores.items():
+            store.reorder(within.get(slot, rows), shared.setdefault(slot if slot in within else None, {}))
+        self._plans = {}
         same: dict[tuple[int, int | None], Tensor] = {}
         for slot, positions in self._positions.items():
             if positions.shape[0] > 1:

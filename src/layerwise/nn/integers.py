@@ -90,6 +90,21 @@ def find_grid(
     return Grid(scales, zeros, bits, group)
 
 
+def fake_quantize(x: Float[Tensor, "... group"], bits: int | None) -> Float[Tensor, "... group"]:
+    """`x` on the grids of its groups (the last dimension), with gradient 1 inside a grid's range and 0 at its ends and beyond; None: `x`.
+
+    Source: Wang et al. 2024, "CSKV", published quantizer, whose grids need not hold 0: a group of one sign was cut off there.
+    """
+    if bits is None:
+        return x
+    flat = x.reshape(-1, x.shape[-1])
+    with torch.no_grad():
+        grid = find_grid(flat, bits)
+        values = grid.values(grid.nearest(flat.float())).to(x.dtype)
+        inside = (flat > grid.scales * -grid.zeros) & (flat < grid.scales * (2**bits - 1 - grid.zeros))
+    return (torch.where(inside, flat, flat.detach()) + (values - flat).detach()).view_as(x)
+
+
 def _range(low: Tensor, high: Tensor, bits: int, symmetric: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
     smallest = 6e-8 if stored == torch.float16 else torch.finfo(stored).tiny
     scales = ((high - low) / (2**bits - 1)).clamp(min=smallest).to(stored).float()

@@ -20,6 +20,7 @@ LINEARS = {
     "lora": "layerwise.nn.linear:LoRA",
     "low-rank": "layerwise.nn.linears.lowrank:LowRank",
     "sparse-low-rank": "layerwise.nn.linears.sparse:SparseLowRank",
+    "shrunk": "layerwise.nn.linears.shrunk:Shrunk",
     "nf4": "layerwise.nn.linears.quantized:Quantized",
     "qlora": "layerwise.nn.linears.quantized:QLoRA",
     "packed": "layerwise.nn.linears.quantized:Quantized",

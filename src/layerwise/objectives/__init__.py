@@ -1,6 +1,7 @@
 """What a model is trained for: `objective(model, batch, generator) -> Loss`."""
 
 OBJECTIVES = {
+    "cache-reconstruction": "layerwise.objectives.cache:CacheReconstruction",
     "deep-supervision": "layerwise.objectives.deep_supervision:DeepSupervision",
     "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
     "token-router-lm": "layerwise.objectives.token_routing:TokenRouterLM",

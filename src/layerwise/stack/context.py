@@ -111,15 +111,23 @@ class Context:
             self._made[key] = make()
         return self._made[key]
 
-    def rotary(self, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for this pass's positions, (1 or b, 1, s, head_dim)."""
+    def rotary(
+        self,
+        head_dim: int,
+        theta: float,
+        dtype: torch.dtype,
+        scaling: RopeScaling | None = None,
+        positions: Int[Tensor, "b n"] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine, (1 or b, 1, s, head_dim), for this pass's positions, or for others that live at least as long as the pass."""
+        places = self.positions if positions is None else positions
 
         def make() -> tuple[Tensor, Tensor]:
-            assert self.positions is not None
-            cos, sin = rotary_angles(self.positions.clamp(min=0), head_dim, theta, scaling)
+            assert places is not None
+            cos, sin = rotary_angles(places.clamp(min=0), head_dim, theta, scaling)
             return cos[:, None].to(dtype), sin[:, None].to(dtype)
 
-        return self._once(("rotary", head_dim, theta, dtype, scaling), make)
+        return self._once(("rotary", head_dim, theta, dtype, scaling, None if positions is None else id(positions)), make)
 
     def memory_bias(self) -> Bool[Tensor, "b 1 1 m"] | None:
         """Which memory positions cross-attention may look at; None when all."""

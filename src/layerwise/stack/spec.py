@@ -37,7 +37,8 @@ class LinearSpec:
             `low-rank`; `sparse-low-rank`; `nf4` (4-bit and frozen); `qlora` (nf4 plus a trained low-rank term); `loqt`;
             `packed` (whole numbers on a grid, frozen), `packed-lora` (the same plus a trained low-rank term) and `packed-low-rank`
             (both factors of a low-rank matrix packed);
-            `binary` (one-bit matrix and inputs) and `binary-packed` (the same, frozen, eight weights to a byte).
+            `binary` (one-bit matrix and inputs) and `binary-packed` (the same, frozen, eight weights to a byte);
+            `shrunk` (dense, with thin factors beside it that make what a cache of kind low-rank keeps; of keys and values only).
         rank: rank of the low-rank term, for the kinds that have one.
         alpha: the low-rank term is scaled by `alpha / rank`, None means `alpha = rank`; `loqt` scales by `alpha` itself (None: 1).
         dropout: dropout on the input of the low-rank term (lora, qlora, packed-lora).
@@ -63,7 +64,7 @@ class LinearSpec:
     def __post_init__(self) -> None:
         if self.bits not in (2, 3, 4, 8) or (self.group is not None and self.group < 1):
             raise BadInput(f"packed weights have 2, 3, 4 or 8 bits and groups of at least 1 input; got {self.bits} and {self.group}")
-        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt", "packed-lora", "packed-low-rank") and (
+        if self.kind in ("lora", "low-rank", "sparse-low-rank", "qlora", "loqt", "packed-lora", "packed-low-rank", "shrunk") and (
             self.rank is None or self.rank < 1
         ):
             raise BadInput(f"a {self.kind} linear needs rank >= 1; rank is {self.rank}")
@@ -133,6 +134,44 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class CacheSpec:
+    """How a layer keeps the keys and values of earlier positions while it decodes. (A layer without one keeps all of them as they are.)
+
+    What a pass reads of its own positions is always exact; what is said here is about what later passes find.
+
+    Attributes:
+        kind: `low-rank` keeps thin features of keys and values, from which the linears `k` and `v` of kind `shrunk` make them again,
+            and the newest ones in full (CSKV); `recent` keeps the first `sinks` positions and the newest (StreamingLLM); `heavy` keeps,
+            for every head, the `heavy` positions that got most attention so far, and the newest (H2O).
+        window: number of the newest positions that are in full.
+        sliding: for low-rank: the newest `window` positions are always in full. Otherwise a full window is moved to the thin features as a
+            block, so that 0 to window - 1 positions are; this is what the published code does, and what the paper draws is `sliding`.
+        bits: for low-rank: of a thin feature, 2, 3, 4 or 8 (None: as computed). Keys share a scale over the `window` positions of a block,
+            channel by channel; values over `group` channels of a position.
+        group: for low-rank: see bits (None: the rank divided by the key/value heads, as published).
+        sinks: for recent. heavy: for heavy.
+    """
+
+    kind: Literal["low-rank", "recent", "heavy"] = "low-rank"
+    window: int = 32
+    sliding: bool = False
+    bits: int | None = None
+    group: int | None = None
+    sinks: int = 4
+    heavy: int = 32
+
+    __pydantic_config__ = FORBID
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.sinks < 0 or self.heavy < 1 or (self.group is not None and self.group < 1):
+            raise BadInput(f"a cache needs window, heavy and group >= 1 and sinks >= 0; got {self}")
+        if self.bits not in (None, 2, 3, 4, 8):
+            raise BadInput(f"thin features have 2, 3, 4 or 8 bits, or none for full precision; got {self.bits}")
+        if self.kind != "low-rank" and (self.sliding or self.bits is not None or self.group is not None):
+            raise BadInput(f"sliding, bits and group are for a cache of kind low-rank; this one is of kind {self.kind}")
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """Everything a transformer layer can be. None means: filled in from the stack when it is resolved.
 
@@ -174,6 +213,7 @@ class LayerSpec:
         estimator_rank: for binary-attention: rank of its full-precision estimates (0: none).
         linears: role (`q k v o gate up down`, `cross.q` ...) -> how that matrix is stored; absent means dense, and `*` stands for all
             roles of the layer that are not named.
+        cache: how keys and values are kept in decoding (None: all of them, as they are).
     """
 
     width: int | None = None
@@ -217,6 +257,7 @@ class LayerSpec:
     added: bool = False
     estimator_rank: int = 1
     linears: dict[str, LinearSpec] = field(default_factory=dict)
+    cache: CacheSpec | None = None
 
     __pydantic_config__ = FORBID
 
@@ -246,6 +287,27 @@ class LayerSpec:
                 "residual_gain and stream_gate"
             )
         self._check_gains(kv)
+        self._check_cache(kv)
+
+    def _check_cache(self, kv: int) -> None:
+        """Refuse a cache that the layer cannot have."""
+        shrunk = {role for role, linear in self.linears.items() if linear.kind == "shrunk"}
+        if shrunk - {"k", "v"}:
+            raise BadInput(f"linears of kind shrunk are those of keys and values, k and v; got one at {min(shrunk - {'k', 'v'})}")
+        if self.cache is None:
+            return
+        if self.mixer != "attention" or not self.causal:
+            raise BadInput(f"a cache is for causal attention; mixer is {self.mixer} and causal {str(self.causal).lower()}")
+        if self.cache.kind == "low-rank" and shrunk != {"k", "v"}:
+            raise BadInput("a cache of kind low-rank needs linears k and v of kind shrunk: use edit: shrink-cache")
+        if self.cache.kind == "heavy" and (self.position in ("alibi", "relative") or self.window is not None):
+            raise BadInput(
+                "a cache of kind heavy keeps other positions for every head: it goes with rotary or learned positions and no window"
+            )
+        if self.cache.bits is not None:
+            rank = self.linears["v"].rank or 0
+            if rank % (self.cache.group or kv):
+                raise BadInput(f"cache.bits: {rank} channels of a value do not divide into groups: set cache.group to a divisor of {rank}")
 
     def _check_gains(self, kv: int) -> None:
         """Refuse extra norms and gains where they would mean nothing, or something else."""

@@ -1,0 +1,70 @@
+"""Made-up texts with questions: what is asked was said, answers are where they are said to be, and splits share nothing."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from layerwise.data.load import load_data
+from layerwise.data.recall import questions
+from layerwise.data.spec import DataSpec, TokenizerSpec
+from layerwise.errors import BadInput
+
+
+def _data(kind: str, **options: Any) -> Any:
+    return load_data(
+        DataSpec(**{"source": f"builtin:{kind}", "length": 200, "documents": 8, "tokenizer": TokenizerSpec("bytes"), **options})
+    )
+
+
+@pytest.mark.parametrize("kind", ["key-values", "lines", "needle"])
+def test_every_question_repeats_what_was_said(kind: str) -> None:
+    data = _data(kind)
+    for text in data.documents("train"):
+        found = questions(text)
+        assert len(found) == 1 if kind == "needle" else len(found) > 3
+        first = found[0].begin
+        for q in found:
+            assert text[q.begin] == "?"
+            number = text[q.answer : q.end]
+            assert number.isdigit()
+            assert text[q.said : q.said + len(number)] == number
+            assert q.said + len(number) <= first
+            assert not text[q.end].isdigit()
+            statement = text[q.begin + 1 : q.end]
+            assert text[:first].count(statement) == 1
+
+
+def test_a_text_is_a_row_of_bytes() -> None:
+    data = _data("key-values")
+    assert data.train.arrays["rows"].shape == (8, 200)
+    row = data.train.arrays["rows"][3]
+    assert bytes((row[:-1] - 6).astype("uint8")).decode() == data.documents("train")[3]
+    assert row[-1] == data.eos_id
+
+
+@pytest.mark.parametrize("kind", ["key-values", "lines", "needle"])
+def test_the_seed_decides(kind: str) -> None:
+    first, again, other = (_data(kind, seed=seed).documents("validation") for seed in (0, 0, 1))
+    assert first == again
+    assert not set(first) & set(other)
+    assert not set(first) & {*_data(kind).documents("train"), *_data(kind).documents("test")}
+
+
+def test_numbers_are_even() -> None:
+    """No answer can be guessed better than by chance: all numbers are about as frequent."""
+    texts = _data("key-values", documents=400).documents("train")
+    numbers = [text[q.answer : q.end] for text in texts for q in questions(text)]
+    assert len(set(numbers)) == 100
+    assert max(map(numbers.count, set(numbers))) < 2 * len(numbers) / 100
+
+
+def test_too_short_rows_are_refused() -> None:
+    with pytest.raises(BadInput, match="at least 160"):
+        _data("needle", length=100)
+    assert dataclasses.replace(DataSpec(), source="builtin:lines").source == "builtin:lines"
+
+
+def test_texts_without_questions_have_none() -> None:
+    assert questions("What now? 12 of them.") == []
+    assert questions("a12 b13 ?c14 ") == []
