@@ -215,6 +215,56 @@ def inspect(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder (ours or Hugging Face) or a run folder.")],
+    target_size: Annotated[str, typer.Option("--target-size", help="Share of the model's bytes, or several: 0.5,0.25.")] = "0.5",
+    target_latency: Annotated[
+        float | None, typer.Option("--target-latency", metavar="MS", help="Most milliseconds, as measured here.")
+    ] = None,
+    latency_of: Annotated[str, typer.Option("--latency-of", help="decode (one token more) or prefill (a whole text).")] = "decode",
+    latency_batch: Annotated[int, typer.Option("--latency-batch", help="Texts at a time.")] = 1,
+    latency_length: Annotated[int, typer.Option("--latency-length", help="Tokens of a text.")] = 128,
+    data: Annotated[str | None, typer.Option("--data", help="Text to calibrate, choose and judge on. Default: built-in English.")] = None,
+    length: Annotated[int, typer.Option("--length", min=2, help="Tokens a row.")] = 128,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to choose by, and as many to judge by.")] = 256,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Rows to calibrate and measure sensitivities on.")] = 64,
+    tries: Annotated[int, typer.Option("--tries", min=1, help="Candidates of each method that are made and measured.")] = 6,
+    group: Annotated[int, typer.Option("--group", min=1, help="Weights that share a scale when they are quantized.")] = 128,
+    heal: Annotated[int, typer.Option("--heal", min=0, help="Train the best of every method for so many steps before rounding.")] = 0,
+    heal_lr: Annotated[float, typer.Option("--heal-lr", min=0, help="Highest learning rate of that.")] = 5e-4,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the plan; new or empty.")] = Path("plan"),
+    apply: Annotated[Path | None, typer.Option("--apply", help="Also write the model of the first size's plan here.")] = None,
+    data_dir: DataDir = None,
+    device: Device = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Find what makes a model so small at the least loss: layers dropped, widths cut, factors, bits, layer by layer; as a job to run."""
+    with _told():
+        from layerwise.jobs.planning import compared, layer_rows, plan_data, plan_model, plan_rows
+        from layerwise.plan.choice import How
+        from layerwise.plan.latency import Work
+
+        found = plan_model(
+            model, targets=_shares(target_size), out=out, target_ms=target_latency,
+            work=Work(latency_of, latency_batch, latency_length), text=data, length=length, rows=rows, tries=tries,  # type: ignore[arg-type]
+            how=How(group=group, samples=samples), heal=heal, heal_lr=heal_lr, seed=seed, apply=apply, data_dir=data_dir, device=device,
+            say=(lambda message: None) if quiet or json else partial(typer.echo, err=True),
+        )  # fmt: skip
+    if json:
+        typer.echo(jsonlib.dumps(plan_data(found)))
+        return
+    for best in found.found:
+        _print_table(*layer_rows(best), f"The plan for {best.target:g} of the bytes")
+        _print_table(*plan_rows(found, best), f"{model} at {best.target:g} of its bytes")
+        typer.echo(compared(best)["sentence"])
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"page: {out / 'plan.html'}")
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint folder with a tokenizer.")],
     prompt: Annotated[str, typer.Argument()],
@@ -320,6 +370,13 @@ def _numbers(text: str, option: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise BadInput(f"{option} takes numbers with commas between them, like 0,1,2; got '{text}'") from None
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--target-size takes a share, or several with commas between them, like 0.5,0.25; got '{text}'") from None
 
 
 def _new_folder(stem: str) -> Path:

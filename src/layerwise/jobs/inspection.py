@@ -60,12 +60,12 @@ def inspect_model(
     model = None if fresh else load_any(source, device)
     if model is None:
         kind = preset(source).get("embedding", {}).get("kind", "tokens")
-        data = _texts(source, None, text, data_dir, length) if kind == "tokens" else _images(None, text, data_dir, samples)
+        data = texts_for(source, None, text, data_dir, length) if kind == "tokens" else _images(None, text, data_dir, samples)
         model = build(filled(model_spec(preset(source)), data), device=device)
         found = inspect(model, data, samples=samples)
     elif isinstance(model, TwoTowers):
         found = _joined(
-            inspect(model.text, _texts(source, model.text, text, data_dir, length), samples=samples),
+            inspect(model.text, texts_for(source, model.text, text, data_dir, length), samples=samples),
             inspect(model.image, _images(model.image, None, data_dir, samples), samples=samples),
         )
     elif isinstance(model.spec.embedding, WaveSpec | MelSpec):
@@ -73,18 +73,18 @@ def inspect_model(
             raise BadInput("the model reads sound, which is synthesized to look at it: leave --data out")
         found = inspect(_encoder(model), sounds_for(model.spec.embedding, samples), samples=samples)
     elif isinstance(model.spec.embedding, TokenSpec):
-        found = inspect(model, _texts(source, model, text, data_dir, length), samples=samples)
+        found = inspect(model, texts_for(source, model, text, data_dir, length), samples=samples)
     else:
         found = inspect(model, _images(model, text, data_dir, samples), samples=samples)
     return found, write_inspect_page(found.data(), page, title=Path(source).name, subtitle=f"{samples} rows")
 
 
-def _texts(source: str, model: Model | None, text: str | None, data_dir: Path | None, length: int) -> Data:
+def texts_for(source: str, model: Model | None, text: str | None, data_dir: Path | None, length: int) -> Data:
     """Rows of tokens that the model can read."""
     embedding: Any = model.spec.embedding if model is not None else None
     if embedding is not None and embedding.position == "learned":
         length = min(length, embedding.max_length)
-    file = _tokenizer_file(source)
+    file = tokenizer_of(source)
     tokenizer = TokenizerSpec(kind="file", path=str(file)) if file else TokenizerSpec()
     data = load_data(DataSpec(source=text or "builtin:docs", length=length, tokenizer=tokenizer), data_dir, cache_folder())
     if data.kind != "text":
@@ -132,7 +132,7 @@ def _joined(text: Findings, image: Findings) -> Findings:
 def continue_text(source: str, prompt: str, *, device: str = "cpu", **options: Any) -> str:
     """The continuation of a prompt by the model in a folder that holds its tokenizer too."""
     check_device(device)
-    file = _tokenizer_file(source)
+    file = tokenizer_of(source)
     if file is None:
         raise BadInput(f"{source} holds no tokenizer.json, so text cannot become tokens")
     tokenizer = read_tokenizer(str(file))
@@ -152,7 +152,7 @@ def convert_checkpoint(source: Path, target: Path, *, to: str = "hf", dtype: str
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise BadInput(f"{target} exists already: choose a new folder")
     model = load_any(source, dtype=getattr(torch, dtype) if dtype else None)
-    file = _tokenizer_file(str(source))
+    file = tokenizer_of(str(source))
     tokenizer = read_tokenizer(str(file)) if file else None
     return export(model, target, format=to, tokenizer=tokenizer)
 
@@ -190,7 +190,7 @@ def receipt_rows(receipt: Receipt) -> tuple[list[str], list[list[Any]]]:
     return ["variant", *names, "seeds", "seconds", "parameters"], rows
 
 
-def _tokenizer_file(source: str) -> Path | None:
+def tokenizer_of(source: str) -> Path | None:
     folder = Path(source)
     if not folder.is_dir():
         return None

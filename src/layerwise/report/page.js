@@ -45,6 +45,12 @@
     legend("relation-legend", data.variants.filter((v) => seen.has(v.name)));
   }
 
+  function sizes() {
+    const points = data.front.points.map((p) => ({ ...p, variant: variants.get(p.variant) }));
+    drawing("front-plot", (colours, width) => Plots.front(colours, { ...data.front, points }, width), () => "Added loss against size, by method");
+    legend("front-legend", data.variants);
+  }
+
   // --- training curves ---------------------------------------------------------------------------------------------------
 
   const PER_LAYER = /^(.*)\/(-?\d+)$/;
@@ -275,6 +281,7 @@
     at("contents").hidden = sections.length < 3;
   }
 
+  if (at("front-plot")) sizes();
   if (at("result-plot")) results();
   if (at("relation-legend")) relations();
   if (at("curve-plot")) trainingCurves();

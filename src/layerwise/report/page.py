@@ -33,7 +33,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises:
         BadInput: `run` is no folder or holds nothing of a run.
     """
-    page = _rendered(_run_context(read_run(run)))
+    page = rendered(_run_context(read_run(run)))
     return write_file(out or run / "report.html", page)
 
 
@@ -42,11 +42,11 @@ def write_inspect_page(findings: dict[str, Any], out: Path, title: str, subtitle
     stage = Finished("model", "", "inspect", "analyze", "inspect", findings=finite(findings))
     data = {"variants": [{"name": "model", "colour": 0}], "seeds": [""], "stages": ["inspect"], **_found([stage], {})}
     metrics = {name: wording.number(value) for name, value in (findings.get("metrics") or {}).items()}
-    page = _rendered(
+    page = rendered(
         {
             "title": title,
             "subtitle": subtitle,
-            "inspected": True,
+            "command": "layerwise inspect",
             "metrics": metrics,
             "notes": list(findings.get("notes") or []),
             "data": data,
@@ -55,7 +55,8 @@ def write_inspect_page(findings: dict[str, Any], out: Path, title: str, subtitle
     return write_file(out, page)
 
 
-def _rendered(context: dict[str, Any]) -> bytes:
+def rendered(context: dict[str, Any]) -> bytes:
+    """The page about what the context holds."""
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {name: getattr(wording, name) for name in ("number", "decimals", "interval", "duration", "size")}
     text = environment.get_template("template.html").render(

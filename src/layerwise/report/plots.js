@@ -154,6 +154,23 @@ const Plots = (() => {
       xaxis: axis(theme, { title: found.x, showline: true, ...ticks(padded(points.map((p) => p.x), 0.05), count) }), yaxis: axis(theme, { ...ticks(padded(points.map((p) => p.y), 0.06), 6) }) }) };
   }
 
+  // found.points: [{variant, x, y, plan}]; found.line: {x, y}; found.targets: sizes that were asked for.
+  function front(theme, found, width) {
+    const [narrow, least] = [width < NARROW, 1e-4];
+    const drawn = (y) => Math.max(y, least);
+    const data = [
+      { type: "scatter", mode: "lines", x: found.line.x, y: found.line.y.map(drawn), hoverinfo: "skip", line: { color: theme.soft, width: 1.4 } },
+      ...found.points.map((p) => ({ type: "scatter", mode: "markers", x: [p.x], y: [drawn(p.y)], hoverinfo: "text",
+        text: `${safe(p.variant.name)}${p.plan ? ", the plan" : ""}<br>size: ${number(p.x)}<br>added loss: ${number(p.y)}`,
+        marker: { size: p.plan ? 15 : 8, symbol: p.plan ? "circle-open" : "circle", color: colourOf(theme, p.variant), line: { width: p.plan ? 2.5 : 1.5, color: p.plan ? colourOf(theme, p.variant) : theme.paper } } })),
+    ];
+    return { data, layout: layout(theme, { height: narrow ? 340 : 420, margin: { t: 28 },
+      shapes: found.targets.map((x) => ({ type: "line", xref: "x", yref: "paper", x0: x, x1: x, y0: 0, y1: 1, line: { color: theme.axis, width: 1, dash: "dot" } })),
+      annotations: [note(theme, "held-out loss added, log scale", { x: 0, xanchor: "left", y: 1, yanchor: "bottom", yshift: 6, font: { size: 13, color: theme.soft } })],
+      xaxis: axis(theme, { title: "bytes of the weights, of the model as it is", showline: true, ...ticks(padded([...found.points.map((p) => p.x), ...found.targets], 0.05), narrow ? 5 : 9) }),
+      yaxis: axis(theme, { type: "log", exponentformat: "power", dtick: 1 }) }) };
+  }
+
   // lines: [{variant, name, seed (null: the mean), x, y}]; marks: [{x, text}] where stages begin.
   function curves(theme, lines, marks, options) {
     const data = lines.map((line) => ({
@@ -347,5 +364,5 @@ const Plots = (() => {
       xaxis: axis(theme, { title: options.axis, showline: true, exponentformat: "SI", nticks: narrow ? 5 : 9 }), yaxis: axis(theme, { type: options.log ? "log" : "linear", exponentformat: "power", nticks: 6 }) }) };
   }
 
-  return { number, column, colourOf, result, difference, relation, curves, strips, profiles, matrix, seriesHeat, seriesLines };
+  return { number, column, colourOf, result, difference, relation, front, curves, strips, profiles, matrix, seriesHeat, seriesLines };
 })();

@@ -1,0 +1,207 @@
+"""The search: what every choice for every layer costs and is expected to damage, and the combinations worth trying."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls
+
+from layerwise.errors import BadInput
+from layerwise.plan.choice import FAMILIES, How, Plan, choices, previewed, stages
+from layerwise.plan.damage import Damages
+from layerwise.plan.knapsack import Front, solve
+from layerwise.plan.latency import LayerLatency
+from layerwise.plan.size import LayerBytes, layer_key, model_bytes
+
+PRIOR = 0.1
+"""Weight of "damages simply add up" against one measured candidate, when it is found out how they do."""
+
+
+@dataclass
+class Candidate:
+    """A plan, what is expected of it and what was measured.
+
+    Attributes:
+        bytes: of the model. parts: expected damage by family, as if changes did not touch one another. ms: expected latency.
+        tried_by: the method that brought it up first. loss, added: on the rows that plans are chosen by; added to the model's as it is.
+        held_out, held_out_by_batch: on rows that nothing was chosen by. measured_ms: latency. healed: whether it was trained before it was
+            rounded and measured.
+    """
+
+    plan: Plan
+    bytes: int
+    parts: dict[str, float]
+    ms: float | None = None
+    tried_by: str = ""
+    loss: float | None = None
+    added: float | None = None
+    held_out: float | None = None
+    held_out_by_batch: list[float] = field(default_factory=list)
+    measured_ms: float | None = None
+    healed: bool = False
+
+    @property
+    def predicted(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The ways of making a model smaller that it combines."""
+        return tuple(f for f in FAMILIES if any(f in c.families for c in self.plan))
+
+
+class Space:
+    """All choices of all layers, with their bytes, milliseconds and, once they are known, expected damages.
+
+    Attributes:
+        options: of every layer. cost, ms, parts: of layer i and option k, the last by family. outside, outside_ms: of what lies outside the
+            layers, where nothing is changed.
+    """
+
+    def __init__(
+        self, spec: Any, size: LayerBytes, levels: Mapping[str, Sequence[Any]], how: How, latency: LayerLatency | None = None
+    ) -> None:
+        layers: Any = spec.stack.layers
+        self.depth = len(layers)
+        self.options = choices(levels)
+        self.outside = model_bytes(spec, size.dtype) - sum(size(layer) for layer in layers)
+        self.outside_ms = latency.outside if latency is not None else 0.0
+        self.cost = np.zeros((self.depth, len(self.options)), dtype=np.int64)
+        self.ms = np.zeros((self.depth, len(self.options)))
+        self.parts = np.zeros((self.depth, len(self.options), len(FAMILIES)))
+        kinds = {layer_key(layer): layer for layer in layers}
+        at = [list(kinds).index(layer_key(layer)) for layer in layers]
+        few = dataclasses.replace(spec, stack=spec.stack.with_layers(list(kinds.values())))
+        for k, option in enumerate(self.options):
+            if not option.drop:
+                after: Any = previewed(few, stages([option] * len(kinds), how)).stack
+                self.cost[:, k] = np.array([size(layer) for layer in after.layers])[at]
+                self.ms[:, k] = np.array([latency(layer) for layer in after.layers])[at] if latency is not None else 0.0
+
+    def expect(self, found: Damages) -> None:
+        """Take every choice to damage as much as its single changes do together."""
+        for k, option in enumerate(self.options):
+            for f, names in enumerate(FAMILIES.values()):
+                for name in set(names) & set(option.changes):
+                    self.parts[:, k, f] += found[option.only(name)]
+
+    def within(self, families: Sequence[str]) -> np.ndarray:
+        """Which options take these ways only."""
+        return np.array([set(o.families) <= set(families) for o in self.options])
+
+    def candidate(self, chosen: Sequence[int], tried_by: str) -> Candidate:
+        """The candidate of one option a layer."""
+        at = (np.arange(self.depth), np.asarray(chosen))
+        parts = dict(zip(FAMILIES, self.parts[at].sum(axis=0).tolist(), strict=True))
+        ms = self.outside_ms + float(self.ms[at].sum())
+        plan = tuple(self.options[k] for k in chosen)
+        return Candidate(plan, self.outside + int(self.cost[at].sum()), parts, ms, tried_by)
+
+    def smallest(self, families: Sequence[str]) -> int:
+        """Bytes of the smallest model that these ways reach, with a layer left."""
+        cost = np.where(self.within(families), self.cost, np.iinfo(np.int64).max)
+        kept = [k for k, o in enumerate(self.options) if not o.drop]
+        least, least_kept = cost.min(axis=1), cost[:, kept].min(axis=1)
+        return self.outside + int(least.sum() + (least_kept - least).min())
+
+    def best(
+        self,
+        families: Sequence[str],
+        budget: int,
+        weights: np.ndarray | None = None,
+        ms: float | None = None,
+        forbidden: tuple[int, int] | None = None,
+    ) -> list[int] | None:
+        """The options, one a layer, of least expected damage within a budget of bytes (and of milliseconds).
+
+        Latency is weighed into the damage, as much as is needed (a Lagrange multiplier, by bisection): what comes out is within both limits, and
+        best among plans of its bytes and latency, though one between two multipliers may be passed over.
+
+        Args:
+            weights: of the families' damages. forbidden: a layer and an option that it may not take.
+        """
+        damage = self.parts @ (np.ones(len(FAMILIES)) if weights is None else weights)
+        damage[:, ~self.within(families)] = np.inf
+        if forbidden is not None:
+            damage[forbidden] = np.inf
+
+        def solved(price: float) -> list[int] | None:
+            front: Front = solve(self.cost.tolist(), (damage + price * self.ms).tolist(), budget - self.outside)
+            return front.best(budget - self.outside)
+
+        def late(chosen: list[int] | None) -> bool:
+            return chosen is not None and ms is not None and self.outside_ms + self.ms[np.arange(self.depth), chosen].sum() > ms
+
+        chosen = solved(0.0)
+        if not late(chosen):
+            return chosen
+        low, high = 0.0, 1e-3
+        while late(fast := solved(high)):
+            low, high = high, 8 * high
+            if high > 1e6:
+                return None
+        for _ in range(12):
+            middle = (low * high) ** 0.5 if low else high / 8
+            tried = solved(middle)
+            low, high, fast = (middle, high, fast) if late(tried) else (low, middle, tried)
+        return fast
+
+    def uniform(self, names: Sequence[str], budget: int, ms: float | None = None) -> list[int] | None:
+        """The same option for all layers, one that changes these fields only: the largest that fits."""
+        fitting = [
+            k
+            for k, o in enumerate(self.options)
+            if set(o.changes) == set(names)
+            and (len(names) < 2 or len({getattr(o, n) for n in names}) == 1)
+            and self.outside + self.cost[:, k].sum() <= budget
+            and (ms is None or self.outside_ms + self.ms[:, k].sum() <= ms)
+        ]
+        return [max(fitting, key=lambda k: int(self.cost[:, k].sum()))] * self.depth if fitting else None
+
+    def near(self, families: Sequence[str], chosen: list[int], budget: int, count: int, **limits: Any) -> Iterator[list[int]]:
+        """The best plans that differ from a best one: of those without one of its choices the `count` of least expected damage."""
+        weights = limits.get("weights")
+        total = self.parts @ (np.ones(len(FAMILIES)) if weights is None else weights)
+        others = {
+            tuple(other) for i, k in enumerate(chosen) if (other := self.best(families, budget, forbidden=(i, k), **limits)) is not None
+        }
+        yield from (list(o) for o in sorted(others, key=lambda o: (total[np.arange(self.depth), o].sum(), o))[:count])
+
+
+def combinations(families: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every set of at least two of them."""
+    return [c for n in range(2, len(families) + 1) for c in itertools.combinations(families, n)]
+
+
+def learned(measured: Sequence[Candidate]) -> np.ndarray:
+    """How much the expected damage of each family counts, by what the candidates measured so far really lost.
+
+    Changes do add up over families, but those of one may hurt each other (two neighbouring layers dropped) or be half forgiven: weights >= 0
+    of least squares of relative errors, drawn towards 1.
+    """
+    size = len(FAMILIES)
+    rows = [np.array(list(c.parts.values())) / c.added for c in measured if c.added is not None and c.added > 1e-4]
+    scale = max((float(np.abs(r).max()) for r in rows), default=1.0)
+    prior = PRIOR * scale * np.eye(size)
+    left = np.vstack([*rows, prior]) if rows else prior
+    right = np.concatenate([np.ones(len(rows)), PRIOR * scale * np.ones(size)])
+    return nnls(left, right)[0]
+
+
+def check_reachable(space: Space, families: Sequence[str], budget: int, whole: int, ms: float | None) -> None:
+    """Raises BadInput: no plan is that small, or that fast; the message says what is reachable."""
+    least = space.smallest(families)
+    if least > budget:
+        raise BadInput(
+            f"--target-size {budget / whole:.3g}: the smallest that a plan reaches is {least / whole:.3f} of the model "
+            f"({least:,} of {whole:,} bytes); {space.outside:,} bytes of it are outside of the layers"
+        )
+    if ms is not None and space.best(families, budget, ms=ms) is None:
+        allowed = np.where(space.within(families), space.ms, np.inf)
+        fastest = space.outside_ms + allowed.min(axis=1).sum()
+        raise BadInput(f"--target-latency {ms:g}: at that size no plan is so fast; without a layer the model takes {fastest:.3g} ms")

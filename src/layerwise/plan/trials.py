@@ -1,0 +1,218 @@
+"""Making candidates and measuring them: each single method at its best, combinations of all of them, and what is best at a size."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from layerwise.edit.drop import choose_block
+from layerwise.evaluate.batches import batches, inference, split_of
+from layerwise.models.model import Model
+from layerwise.objectives.language import CausalLM
+from layerwise.plan.choice import Choice, How, Plan, Train, applied, stages
+from layerwise.plan.latency import Work, milliseconds
+from layerwise.plan.search import Candidate, Space, combinations, learned
+
+METHODS = {"drop": "layers dropped", "width": "width", "rank": "low rank", "bits": "bits per layer"}
+EVENLY: dict[str, list[list[str]]] = {"drop": [], "width": [["ffn"], ["heads", "ffn"]], "rank": [["rank"]], "bits": [["bits"]]}
+"""Fields of a choice that a method may set alike for all layers."""
+UNIFORM, COMBINED = "bits, uniform", "combination"
+
+
+@dataclass
+class Best:
+    """The best of one target.
+
+    Attributes:
+        target: share of the model's bytes. budget: bytes. ms: milliseconds allowed. methods: the best candidate of every method; None:
+            it cannot make the model so small (or fast). plan: the best of all.
+    """
+
+    target: float
+    budget: int
+    ms: float | None
+    methods: dict[str, Candidate | None]
+    plan: Candidate
+
+    @property
+    def rival(self) -> tuple[str, Candidate] | None:
+        """The best single method, by the rows that plans are chosen by."""
+        single = {n: c for n, c in self.methods.items() if c is not None and n != COMBINED}
+        return min(single.items(), key=lambda item: item[1].loss or 0.0) if single else None
+
+
+class Trials:
+    """Candidates of one model; each is made and measured once.
+
+    Args:
+        rows, batch: how many rows of validation and of test text, and how many at a time.
+        between, train: stages that heal a candidate before it is rounded, and what does those of them that train.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Any,
+        space: Space,
+        how: How,
+        *,
+        rows: int = 256,
+        batch: int = 16,
+        seed: int = 0,
+        work: Work | None = None,
+        between: Mapping[str, dict[str, Any]] | None = None,
+        train: Train | None = None,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        self.model, self.data, self.space, self.how, self.seed = model, data, space, how, seed
+        self.rows, self.batch, self.work, self.say = rows, batch, work, say
+        self.between, self.train = between, train
+        self.whole = mean(self.losses(model, "validation"))
+        self.tried: dict[tuple[int, ...], Candidate] = {}
+        self._healed: dict[Plan, Candidate] = {}
+
+    def make(self, candidate: Candidate) -> Model:
+        """The model that a candidate describes, by the very edits that its job has."""
+        return applied(self.model, self.data, self.stages(candidate), self.seed, self.train)
+
+    def stages(self, candidate: Candidate) -> dict[str, dict[str, Any]]:
+        """What a candidate's job does."""
+        return stages(candidate.plan, self.how, self.between if candidate.healed else None)
+
+    def losses(self, model: Model, split: str) -> list[tuple[float, int]]:
+        """Summed loss and number of tokens of every batch of a split."""
+        objective, found = CausalLM(), []
+        with inference(model):
+            for rows in batches(split_of(self.data, split), self.batch, -(-self.rows // self.batch), model.device):
+                loss = objective(model, rows, torch.Generator(device=model.device))
+                found.append((float(loss.total), int(loss.count)))
+        return found
+
+    def measured(self, chosen: Sequence[int] | None, tried_by: str) -> Candidate | None:
+        """The candidate of these options, with its loss on validation rows."""
+        if chosen is None:
+            return None
+        key = tuple(chosen)
+        if key not in self.tried:
+            self.tried[key] = made = self.space.candidate(chosen, tried_by)
+            made.loss = mean(self.losses(self.make(made), "validation"))
+            made.added = made.loss - self.whole
+            self.say(f"tried {tried_by}: {made.bytes:,} bytes, loss {made.loss:.4f}, expected {self.whole + made.predicted:.4f}")
+        return self.tried[key]
+
+    def healed(self, candidate: Candidate) -> Candidate:
+        """The same plan, trained for a while before it is rounded, and measured anew on all rows."""
+        if candidate.plan not in self._healed:
+            self._healed[candidate.plan] = made = dataclasses.replace(candidate, healed=True, held_out=None, measured_ms=None)
+            model = self.make(made)
+            made.loss = mean(self.losses(model, "validation"))
+            made.added = made.loss - self.whole
+            self._hold_out(made, model)
+            self.say(f"healed {made.tried_by}: {made.bytes:,} bytes, loss {made.loss:.4f}")
+        return self._healed[candidate.plan]
+
+    def heal(self, best: Best) -> Best:
+        """The best of every method after healing, and the best of these."""
+        methods = {name: None if c is None else self.healed(c) for name, c in best.methods.items()}
+        return dataclasses.replace(best, methods=methods, plan=min((c for c in methods.values() if c is not None), key=_rank))
+
+    def hold_out(self, candidate: Candidate) -> None:
+        """Measure a candidate on rows that nothing was chosen by, once."""
+        if candidate.held_out is None:
+            self._hold_out(candidate, self.make(candidate))
+
+    def _hold_out(self, candidate: Candidate, model: Model) -> None:
+        found = self.losses(model, "test")
+        candidate.held_out = mean(found)
+        candidate.held_out_by_batch = [total / count for total, count in found]
+        if self.work is not None:
+            candidate.measured_ms = milliseconds(model, self.work)
+
+    def best(self, target: float, budget: int, families: Sequence[str], *, ms: float | None = None, tries: int = 6) -> Best:
+        """Every single method with as many tries as their combination, and the best of all.
+
+        A single method tries the same for all layers, then what should damage least, then plans near it. Combinations first try the best of
+        all families and of all but one; what these lost says how far the families' damages add up, and the next are the best by that.
+        """
+        methods: dict[str, Candidate | None] = {}
+        limits: dict[str, Any] = {"ms": ms}
+        for family in families:
+            found = self._single(family, budget, limits, tries)
+            methods[METHODS[family]] = min(found, key=_loss) if found else None
+        if "bits" in families:
+            methods[UNIFORM] = self.measured(self.space.uniform(["bits"], budget, ms), UNIFORM)
+        mixed = self._combined(families, budget, limits, tries)
+        methods[COMBINED] = min(mixed, key=_loss) if mixed else None
+        return Best(target, budget, ms, methods, min((c for c in methods.values() if c is not None), key=_rank))
+
+    def _single(self, family: str, budget: int, limits: dict[str, Any], tries: int) -> list[Candidate]:
+        name, found = METHODS[family], list[Candidate]()
+        for fields in EVENLY[family]:
+            self._try(self.space.uniform(fields, budget, limits["ms"]), name, found)
+        chosen = self.space.best([family], budget, **limits)
+        self._try(chosen, name, found)
+        if chosen is not None and family == "drop":
+            self._try(self._block(sum(self.space.options[k].drop for k in chosen)), name, found)
+        if chosen is not None:
+            for other in self.space.near([family], chosen, budget, tries, **limits):
+                if len(found) < tries:
+                    self._try(other, name, found)
+        return found
+
+    def _combined(self, families: Sequence[str], budget: int, limits: dict[str, Any], tries: int) -> list[Candidate]:
+        found: list[Candidate] = []
+        for some in sorted(combinations(families), key=len, reverse=True):
+            if len(some) >= len(families) - 1:
+                self._try(self.space.best(some, budget, **limits), COMBINED, found)
+        weights, chosen = None, None
+        while len(found) < tries:
+            weights = learned(list(self.tried.values()))
+            chosen = self.space.best(families, budget, weights=weights, **limits)
+            if not self._try(chosen, COMBINED, found):
+                break
+        if chosen is not None and len(found) < tries:
+            for other in self.space.near(families, chosen, budget, tries, weights=weights, **limits):
+                if len(found) < tries:
+                    self._try(other, COMBINED, found)
+        return [c for c in found if len(c.families) > 1]
+
+    def _try(self, chosen: Sequence[int] | None, name: str, found: list[Candidate]) -> bool:
+        """Measure it, unless it is among the found; whether it was new to them."""
+        made = self.measured(chosen, name)
+        if made is None or made in found:
+            return False
+        found.append(made)
+        return True
+
+    def _block(self, count: int) -> list[int]:
+        """The block of neighbouring layers over which the stream turns least, dropped."""
+        gone = set(choose_block(self.model, self.data, count=count, samples=self.how.samples))
+        as_is, dropped = (self.space.options.index(Choice(drop=drop)) for drop in (False, True))
+        return [dropped if i in gone else as_is for i in range(self.space.depth)]
+
+    def front(self) -> list[Candidate]:
+        """The candidates (healed ones, where that was done) that no other one beats both in bytes and in loss, the smallest first."""
+        kept: list[Candidate] = []
+        for candidate in sorted((self._healed.values() or self.tried.values()), key=lambda c: (c.bytes, _loss(c))):
+            if not kept or _loss(candidate) < _loss(kept[-1]):
+                kept.append(candidate)
+        return kept
+
+
+def mean(found: Sequence[tuple[float, int]]) -> float:
+    """Nats a token."""
+    return sum(total for total, _ in found) / sum(count for _, count in found)
+
+
+def _rank(candidate: Candidate) -> tuple[float, int]:
+    """By loss, and of equals the simpler one first."""
+    return _loss(candidate), len(candidate.families)
+
+
+def _loss(candidate: Candidate) -> float:
+    assert candidate.loss is not None
+    return candidate.loss
