@@ -73,3 +73,15 @@ def test_the_cache_gives_the_same_pairs_and_a_changed_target_is_other_data(tmp_p
             assert np.array_equal(array, other.train.arrays[name])
     changed = _data(tmp_path, [*ROWS[:-1], {**ROWS[-1], "de": "Anderes"}])
     assert changed.fingerprint != made[0].fingerprint
+
+
+def test_functions_of_the_library_come_with_their_summaries():
+    spec = DataSpec(source="builtin:summaries", pairs={"summarize": ("signature", "summary")}, tokenizer=TokenizerSpec("bytes"), length=120)
+    data = load_data(spec)
+    assert len(data.train) > 2000
+    batch = data.train.batch(torch.arange(50))
+    for ids, prompt in zip(batch["input_ids"], batch["prompt_mask"].bool(), strict=True):
+        text = data.tokenizer.decode(ids[prompt].tolist())
+        assert text.endswith(")") and "(" in text
+    with pytest.raises(BadInput, match="in its columns signature and summary"):
+        load_data(DataSpec(source="builtin:summaries"))

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+import layerwise as lw
+
 from layerwise.edit.adapt import lora, merge_lora, preview_lora
 from layerwise.edit.drop import choose_block, drop_layers, preview_drop
 from layerwise.edit.linears import preview_merge
@@ -175,3 +177,12 @@ def test_lora_refusals():
         lora(_model(ffn="gelu"), targets=["gate"])
     spec = preview_lora(model.spec, rank=2, alpha=None, dropout=0.0, targets=["up"], freeze=True)
     assert spec == lora(model, rank=2, targets=["up"]).spec and preview_merge(spec).stack.layers == model.spec.stack.layers
+
+
+def test_evenly_and_randomly_spread_layers_leave_the_first_and_the_last():
+    model = lw.load("decoder", embedding={"vocab": 40}, stack={"depth": 8, "width": 16, "layer": {"heads": 2}})
+    assert [choose_block(model, None, count=n, rule="even") for n in (1, 2, 3, 6)] == [[4], [2, 5], [2, 4, 5], [1, 2, 3, 4, 5, 6]]
+    drawn = [choose_block(model, None, count=3, rule="scattered", seed=s) for s in range(40)]
+    assert all(len(set(d)) == 3 and d == sorted(d) for d in drawn) and {i for d in drawn for i in d} == set(range(1, 7))
+    with pytest.raises(BadInput, match="at most 6 of 8"):
+        choose_block(model, None, count=7, rule="even")

@@ -1,4 +1,4 @@
-"""Corpora that are always there: CPython's documentation and library, scikit-learn's digits, and texts made up to be asked about."""
+"""Corpora that are always there: CPython's documentation and library, its functions with their summaries, digits, and texts made up to be asked about."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ BUILTIN = {
     "docs-or-code": "layerwise.data.builtin:docs_or_code",
     "docs+code": "layerwise.data.builtin:mixture",
     "digits": "layerwise.data.builtin:digits",
+    "summaries": "layerwise.data.builtin:summaries",
 }
 RECALL = {
     "key-values": "layerwise.data.recall:key_values",
@@ -28,8 +29,10 @@ RECALL = {
     "needle": "layerwise.data.recall:needle",
 }
 """Texts of a length, a number and a seed, those of the data's description: `(length, texts, seed) -> Raw`."""
-KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images", **dict.fromkeys(RECALL, "text")}
+KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images", "summaries": "text", **dict.fromkeys(RECALL, "text")}
 LABELLED = ("docs-or-code", "digits")
+TABLES = {"summaries": ("signature", "summary")}
+"""Corpora that are tables, and their columns, for `data.pairs`; they are given as columns and not as `Raw`."""
 
 _SKIPPED = {
     "site-packages",
@@ -107,6 +110,17 @@ def digits() -> Raw:
     )
 
 
+def summaries() -> dict[str, list[str]]:
+    """Signatures of the functions of CPython's library, and the first lines of their docstrings."""
+    made: dict[str, list[str]] = {"signature": [], "summary": []}
+    for path in _library():
+        for node in _nodes(path):
+            if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
+                made["signature"].append(f"{node.name}({ast.unparse(node.args)})")
+                made["summary"].append(text.split("\n")[0].strip())
+    return made
+
+
 def _library() -> Iterator[Path]:
     """The standard library's source files, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -117,17 +131,21 @@ def _library() -> Iterator[Path]:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
+    for node in _nodes(path):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def _nodes(path: Path) -> Iterator[ast.AST]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield text
+    yield from ast.walk(tree)
 
 
 def _clean(text: str) -> str:

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, RECALL, identity
+from layerwise.data.builtin import BUILTIN, KINDS, LABELLED, RECALL, TABLES, identity
 from layerwise.data.paths import data_files, descriptions, kind_of, refuse_archives, splits_of
 from layerwise.data.raw import Raw, Rows
 from layerwise.data.spec import DataSpec
-from layerwise.data.tables import from_tables, read_tables, reason
+from layerwise.data.tables import from_tables, paired, read_tables, reason
 from layerwise.errors import BadInput
 from layerwise.table import lookup, nearest
 
@@ -30,7 +30,10 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
     kind, name = _kind(spec.source)
     if kind == "builtin":
         lookup(dict.fromkeys([*BUILTIN, *RECALL], "layerwise.data.raw:Raw"), name, "built-in corpus")
-        _refuse_columns(spec)
+        if name not in TABLES:
+            _refuse_columns(spec)
+        elif not spec.pairs or not {column for pair in spec.pairs.values() for column in pair} <= set(TABLES[name]):
+            raise BadInput(f"data.pairs: {spec.source} has prompts and targets in its columns {' and '.join(TABLES[name])}: say which is which")
         check_fit(spec, KINDS[name], labelled=name in LABELLED)
     elif kind != "hub":
         folder = _folder(kind, name, data_dir)
@@ -109,7 +112,8 @@ def read_source(spec: DataSpec, data_dir: Path | None = None) -> Raw:
         check_source(spec, data_dir)
         if name in RECALL:
             return lookup(RECALL, name, "built-in corpus")(spec.length, spec.documents or TEXTS, spec.seed)
-        return lookup(BUILTIN, name, "built-in corpus")()
+        made = lookup(BUILTIN, name, "built-in corpus")()
+        return Raw("text", spec.source, {"train": paired(made, spec)}) if name in TABLES else made
     if kind == "hub":
         return from_tables(spec.source, _hub(name), spec)
     folder = _folder(kind, name, data_dir)

@@ -42,7 +42,7 @@ def from_tables(name: str, tables: Mapping[str, Any], spec: DataSpec) -> Raw:
         BadInput: a column is missing, or holds what it cannot.
     """
     if spec.pairs:
-        return Raw("text", name, {split: _paired(table, name, spec) for split, table in tables.items()})
+        return Raw("text", name, {split: paired(_named(table, name, spec), spec) for split, table in tables.items()})
     columns = {canonical: spec.columns.get(canonical, canonical) for canonical in ("text", "image", "label")}
     kinds = {split: _kind(table.column_names, columns, spec, name) for split, table in tables.items()}
     kind: Any = next(iter(kinds.values()))
@@ -87,16 +87,21 @@ def _texts(values: Iterable[Any], labels: np.ndarray | None) -> Rows:
     return Rows(texts=texts if labels is not None else [text for text in texts if text.strip()], labels=labels)
 
 
-def _paired(table: Any, name: str, spec: DataSpec) -> Rows:
-    """A row for each task of each row of the table, in its order; those with an empty prompt or target are dropped."""
+def _named(table: Any, name: str, spec: DataSpec) -> dict[str, list[str]]:
+    """The columns that `spec.pairs` names, as texts."""
     columns: dict[str, list[str]] = {}
     for column in {column for pair in spec.pairs.values() for column in pair}:
         if column not in table.column_names:
             raise BadInput(f"data.pairs: {name} has no column '{column}'; it has {', '.join(table.column_names)}")
         columns[column] = ["" if value is None else str(value) for value in table[column]]
+    return columns
+
+
+def paired(columns: dict[str, list[str]], spec: DataSpec) -> Rows:
+    """A row for each task of each row of a table, in its order; those with an empty prompt or target are dropped."""
     found = [
         (columns[prompt][i], columns[target][i], task)
-        for i in range(len(table))
+        for i in range(len(next(iter(columns.values()))))
         for task, (prompt, target) in enumerate(spec.pairs.values())
         if columns[prompt][i].strip() and columns[target][i].strip()
     ]

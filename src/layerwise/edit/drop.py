@@ -15,7 +15,7 @@ from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.stack.surgery import keep
 
-Rule = Literal["angular", "deepest", "random", "shallowest", "best", Score]
+Rule = Literal["angular", "deepest", "random", "shallowest", "best", "even", "scattered", Score]
 
 
 def choose_block(
@@ -33,11 +33,13 @@ def choose_block(
     Args:
         rule: `angular`: the stream turns least over it; `deepest`: the highest layers except the last, which is never
             dropped; `random`: a block drawn with `seed`; `shallowest`: from layer 1 on; `best`: the block without which
-            the loss on `split` is lowest, found by trying all; any score of `layerwise.analyze.scores`: those with the lowest.
+            the loss on `split` is lowest, found by trying all. Not of neighbours: `even`, spread evenly between the first and the last;
+            `scattered`, any of those between, drawn with `seed`; any score of `layerwise.analyze.scores`: those with the lowest.
         samples: rows that `angular`, `best` and scores look at.
 
     Sources: Gromov et al. 2024, section 3.2 and the simpler strategy of section 4.4 (arXiv 2403.17887); Men et al. 2024, "ShortGPT"
-    (arXiv 2403.03853), whose block influence is `token-modification`.
+    (arXiv 2403.03853), whose block influence is `token-modification`;
+    Liu et al. 2024, "Accelerating Inference in Large Language Models with a Unified Layer Skipping Strategy" (arXiv 2404.06954; `even`).
     """
     preview_drop(model.spec, count=count, rule=rule)
     depth = model.stack.depth
@@ -45,6 +47,10 @@ def choose_block(
         return []
     if rule in get_args(Score):
         return sorted(layer_order(model, data, rule, reverse=True, samples=samples, split=split)[:count])  # type: ignore[arg-type]
+    if rule == "even":
+        return [round((k + 1) * (depth - 1) / (count + 1)) for k in range(count)]
+    if rule == "scattered":
+        return sorted(random.Random(seed or 0).sample(range(1, depth - 1), count))
     starts = range(depth - count + 1)
     if rule == "angular":
         first = best_block(distances(model, data, split=split, samples=samples), count)
@@ -105,6 +111,8 @@ def preview_drop(
             raise BadInput(f"cannot drop layer {bad[0]}: the stack has layers 0 to {depth - 1}")
     elif not 0 <= (count or 0) <= depth:
         raise BadInput(f"cannot drop {count} layers of a stack of {depth}")
+    elif rule in ("even", "scattered") and count and count > depth - 2:
+        raise BadInput(f"rule {rule} keeps the first and the last layer, so it can drop at most {max(depth - 2, 0)} of {depth} layers")
     elif rule == "deepest" and count == depth:
         raise BadInput(f"the deepest-first rule keeps the last layer, so it can drop at most {depth - 1} of {depth} layers")
     gone = set(layers if layers is not None else range(depth - (count or 0), depth))
