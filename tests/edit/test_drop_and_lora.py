@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import layerwise as lw
-
 from layerwise.edit.adapt import lora, merge_lora, preview_lora
 from layerwise.edit.drop import choose_block, drop_layers, preview_drop
 from layerwise.edit.linears import preview_merge

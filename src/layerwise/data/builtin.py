@@ -29,7 +29,15 @@ RECALL = {
     "needle": "layerwise.data.recall:needle",
 }
 """Texts of a length, a number and a seed, those of the data's description: `(length, texts, seed) -> Raw`."""
-KINDS = {"docs": "text", "code": "text", "docs-or-code": "text", "docs+code": "text", "digits": "images", "summaries": "text", **dict.fromkeys(RECALL, "text")}
+KINDS = {
+    "docs": "text",
+    "code": "text",
+    "docs-or-code": "text",
+    "docs+code": "text",
+    "digits": "images",
+    "summaries": "text",
+    **dict.fromkeys(RECALL, "text"),
+}
 LABELLED = ("docs-or-code", "digits")
 TABLES = {"summaries": ("signature", "summary")}
 """Corpora that are tables, and their columns, for `data.pairs`; they are given as columns and not as `Raw`."""

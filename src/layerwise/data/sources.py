@@ -33,7 +33,9 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
         if name not in TABLES:
             _refuse_columns(spec)
         elif not spec.pairs or not {column for pair in spec.pairs.values() for column in pair} <= set(TABLES[name]):
-            raise BadInput(f"data.pairs: {spec.source} has prompts and targets in its columns {' and '.join(TABLES[name])}: say which is which")
+            raise BadInput(
+                f"data.pairs: {spec.source} has prompts and targets in its columns {' and '.join(TABLES[name])}: say which is which"
+            )
         check_fit(spec, KINDS[name], labelled=name in LABELLED)
     elif kind != "hub":
         folder = _folder(kind, name, data_dir)
