@@ -16,6 +16,7 @@ EVALUATIONS = {
     "composition": "layerwise.evaluate.experts:composition",
     "ghn-start": "layerwise.evaluate.ghn:ghn_start",
     "language-modeling": "layerwise.evaluate.language:language_modeling",
+    "linear-probe": "layerwise.evaluate.probing:linear_probe",
     "masked-lm": "layerwise.evaluate.language:masked_language_modeling",
     "classification": "layerwise.evaluate.accuracy:classification",
     "embedding-agreement": "layerwise.evaluate.agreement:embedding_agreement",

@@ -51,6 +51,7 @@ NEEDS_HEAD = {
     "deep-supervision": "classifier",
     "forward-forward": "classifier",
     "mono-forward": "classifier",
+    "turned-classification": "classifier",
     "ghn": "parameters",
     "ghn-start": "parameters",
     "layer-drop": "lm",

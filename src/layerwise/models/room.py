@@ -11,6 +11,7 @@ import torch
 from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.memory import check_room
+from layerwise.models.filters import Filters
 from layerwise.models.model import make_model
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.models.spec import ModelSpec, TwoTowersSpec
@@ -62,7 +63,8 @@ def parameters_of(spec: ModelSpec | TwoTowersSpec) -> int:
         shallow[part] = stack.with_layers([first])
     try:
         with torch.device("meta"):
-            count = _size(make_model(dataclasses.replace(spec, **shallow)))
+            count = _size(make_model(dataclasses.replace(spec, filters=None, **shallow)))
+            count += _size(Filters(spec.filters, spec.stack.width)) if spec.filters is not None else 0
             return count + sum(times * _size(Layer(kinds[kind])) for kind, times in further.items())
     except (AssertionError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise BadInput(f"no model of these sizes can be built: {str(error).splitlines()[0]}") from error

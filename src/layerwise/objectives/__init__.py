@@ -15,6 +15,7 @@ OBJECTIVES = {
     "classification": "layerwise.objectives.classification:Classification",
     "distillation": "layerwise.objectives.distill:Distillation",
     "filters": "layerwise.objectives.filters:FilterTraining",
+    "turned-classification": "layerwise.objectives.turns:TurnedClassification",
     "hidden-distillation": "layerwise.objectives.distill:HiddenDistillation",
     "logit-distillation": "layerwise.objectives.distill:LogitDistillation",
 }

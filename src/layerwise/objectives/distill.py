@@ -185,7 +185,9 @@ def paired(ours: Output, theirs: Output, pairs: Pairs) -> list[Couple]:
         filters, hidden = output.model.filters, (output.hiddens or ())[layer]
         return hidden if filters is None else filters(layer, hidden)
 
-    return [(read(ours, i), read(theirs, j)) for i, j in found]
+    with torch.no_grad():  # its filters are the teacher's too
+        wanted = [read(theirs, j) for _, j in found]
+    return [(read(ours, i), target) for (i, _), target in zip(found, wanted, strict=True)]
 
 
 def _vectors(hidden: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ def divergence(ours: Output, theirs: Output, temperature: float) -> Float[Tensor
     """
     student, teacher = ours.model, theirs.model
     if not isinstance(student.head, LMHead):
-        a, b = ours.logits, theirs.logits
+        with torch.no_grad():
+            b = theirs.logits
+        a = ours.logits
         if a.dim() == 3 and ours.mask is not None and a.shape[:2] == b.shape[:2]:
             a, b = a[ours.mask], b[ours.mask]
         return _summed(a.flatten(0, -2), b.flatten(0, -2), temperature) / max(a[..., 0].numel(), 1)
@@ -45,5 +47,6 @@ def _scored(student: Model, a: Tensor, teacher: Model, b: Tensor, temperature: f
 def _summed(ours: Float[Tensor, "n classes"], theirs: Float[Tensor, "n classes"], temperature: float) -> Float[Tensor, ""]:
     if ours.shape != theirs.shape:
         raise BadInput(f"the student scores {ours.shape[-1]} classes or tokens, the teacher {theirs.shape[-1]}; they must agree")
-    a, b = ((s.float() / temperature).log_softmax(dim=-1) for s in (ours, theirs))
+    exact = torch.promote_types(ours.dtype, torch.float32)
+    a, b = ((s.to(exact) / temperature).log_softmax(dim=-1) for s in (ours, theirs))
     return F.kl_div(a, b, reduction="sum", log_target=True) * temperature**2
