@@ -151,6 +151,17 @@ def test_5_as_many_weights_are_left_as_were_asked_for(text, keep, options):
     assert torch.isfinite(pruned(IDS).logits).all()
 
 
+def test_the_table_of_widths_says_what_is_left(text, tmp_path):
+    model = _model()
+    lw.save(model, tmp_path / "first")
+    pruned = prune_width(model, keep=[1.0, 0.5, 0.25], by="magnitude")
+    found = lw.analyze.layer_widths(pruned, of=str(tmp_path / "first"))
+    assert [row[1:4] for row in found.tables[0].rows] == [[8, 4, 24], [4, 2, 12], [2, 1, 6]]
+    assert [row[5] for row in found.tables[0].rows] == [1.0, 0.5, 0.25]
+    assert found.metrics["prunable_weights"] == _weights(pruned)
+    assert found.metrics["kept_share"] == pytest.approx(_weights(pruned) / _weights(model))
+
+
 def test_never_below_one_head_and_one_channel(text):
     model = _model()
     widths = widths_of(model.spec.stack)

@@ -30,6 +30,7 @@ JOB: dict[str, Any] = {
     "stages": {
         "fit": TRAIN | {"policies": [{"name": n} for n in ("gradient-norms", "layer-cost", "ledger", "rotation")]},
         **{name: {"analyze": name} for name in metrics.ANALYSES if name not in ("block-drop", "block-sweep", "bits-curve")},
+        "layer-widths": {"analyze": "layer-widths", "of": "stage:fit"},
         "block-drop": {"analyze": "block-drop", "count": 1},
         "block-sweep": {"analyze": "block-sweep", "lengths": [1], "samples": 8},
         "language-modeling": {"evaluate": "language-modeling", "batches_at_most": 1},

@@ -16,6 +16,7 @@ ANALYSES = {
     "gradient-variance": "layerwise.analyze.gradients:gradient_variance",
     "stream-variance": "layerwise.analyze.stream:stream_variance",
     "layer-importance": "layerwise.analyze.scores:layer_importance",
+    "layer-widths": "layerwise.analyze.widths:layer_widths",
     "group-importance": "layerwise.analyze.groups:group_importance",
     "quantization-error": "layerwise.analyze.quantization:quantization_error",
     "bits-curve": "layerwise.analyze.layer_bits:bits_curve",

@@ -58,6 +58,7 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "group-importance": ("upper_half_share",),
     "inspect": ("angular_distance_mean", "angular_distance_deep", "grad_norm_variation", "params", "flops_per_*"),
     "layer-importance": ("first_last_top",),
+    "layer-widths": ("prunable_weights", "kept_share"),
     "quantization-error": ("stream_error",),
     "layer-drop": ("whole_loss", "layer_drop_mean"),
     "stream-variance": ("stream_variance_last", "stream_growth", "gate_mean", "gates_closing"),
