@@ -40,6 +40,19 @@ def tensor_names(path: Path) -> list[str]:
         raise BadInput(f"{path} cannot be read: {error}") from error
 
 
+def tensor_sizes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The sizes of a file's tensors by name; none of them is read.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from error
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, wherever they are, to a file.
 

@@ -7,11 +7,8 @@ import copy
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import layerwise as lw
@@ -24,7 +21,6 @@ from layerwise.edit.quantization.rotation import hadamard, orthogonal, rotated
 from layerwise.edit.quantization.scaling import scale_layer
 from layerwise.edit.quantization.tokens import attention_received, token_weights
 from layerwise.errors import BadInput
-from layerwise.jobs.inspection import convert_checkpoint
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
@@ -500,67 +496,7 @@ def test_what_cannot_be_is_said_before_any_work(options, message, text):
         lw.edit.quantize(packed, text)
 
 
-# --- export
-
-
-def _decoded(tensors, prefix, bits, second):
-    """A matrix (out, in) out of the GPTQ format, by bits, with nothing of ours."""
-
-    def streams(words):  # (words, columns) int32 -> (numbers, columns), lowest bits first down each column
-        raw = words.numpy().astype(np.uint32)
-        ones = (raw[:, None, :] >> np.arange(32, dtype=np.uint32)[None, :, None]) & 1
-        ones = ones.reshape(-1, bits, raw.shape[1]) if (raw.shape[0] * 32) % bits == 0 else None
-        return (ones * (1 << np.arange(bits))[None, :, None]).sum(axis=1)
-
-    codes = streams(tensors[prefix + "qweight"])
-    zeros = streams(tensors[prefix + "qzeros"].t().contiguous()).T + (0 if second else 1)
-    scales, of = tensors[prefix + "scales"].float().numpy(), tensors[prefix + "g_idx"].numpy()
-    return torch.from_numpy(scales[of] * (codes - zeros[of])).t()
-
-
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(2, 16, False), (3, 32, True), (4, 64, False), (8, None, True)])
-def test_gptq_checkpoints_decoded_by_bits_hold_the_packed_matrices(bits, group, symmetric, text, tmp_path):
-    data = preset("decoder")
-    data["stack"] |= {"depth": 2, "width": 64, "init_std": 0.3}
-    data["stack"]["layer"] |= {"heads": 2, "ffn_width": 128}
-    model = build(model_spec({**data, "embedding": {"vocab": 256}})).eval()
-    packed = lw.edit.quantize(model, text, bits=bits, group=group, symmetric=symmetric, samples=4)
-    folder = lw.export(packed, tmp_path / "gptq", format="gptq")
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["bits"] == bits and config["group_size"] == (group or -1) and config["sym"] is symmetric and not config["desc_act"]
-    for ours, theirs in (
-        ("mixer.branch.q", "self_attn.q_proj"),
-        ("mixer.branch.o", "self_attn.o_proj"),
-        ("ffn.branch.down", "mlp.down_proj"),
-    ):
-        module = packed.get_submodule(f"stack.layers.1.{ours}")
-        prefix = f"model.layers.1.{theirs}."
-        made = _decoded(tensors, prefix, bits, config["checkpoint_format"] == "gptq_v2")
-        torch.testing.assert_close(made, module.materialize(), atol=0, rtol=1e-6, check_dtype=False)
-        assert tensors[prefix + "qweight"].shape == (module.in_features * bits // 32, module.out_features)
-        assert tensors[prefix + "scales"].dtype == torch.float16 and prefix + "weight" not in tensors
-    parsed = transformers.GPTQConfig.from_dict(config)
-    assert parsed.bits == bits and parsed.quant_method == "gptq"
-    assert (folder / "model.safetensors").stat().st_size < sum(t.numel() * t.element_size() for t in packed.state_dict().values()) + 30_000
-
-
-def test_layers_of_other_widths_are_named_and_what_the_format_cannot_hold_is_refused(text, tmp_path):
-    data = preset("decoder")
-    data["stack"] |= {"depth": 3, "width": 64}
-    data["stack"]["layer"] |= {"heads": 2, "ffn_width": 128}
-    model = build(model_spec({**data, "embedding": {"vocab": 256}})).eval()
-    mixed = lw.edit.quantize(model, method="rtn", bits=[4, 16, 2], group=16)
-    folder = lw.export(mixed, tmp_path / "mixed", format="gptq")
-    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert settings["bits"] == 4 and settings["dynamic"] == {r"-:.*layers\.1\..*": {}, r"+:.*layers\.2\..*": {"bits": 2}}
-    assert "model.layers.1.self_attn.q_proj.weight" in load_file(folder / "model.safetensors")
-    lw.save(mixed, tmp_path / "ours")
-    again = convert_checkpoint(tmp_path / "ours", tmp_path / "converted", to="gptq")
-    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    with pytest.raises(BadInput, match="edit: quantize"):
-        lw.export(model, tmp_path / "dense", format="gptq")
-    with pytest.raises(BadInput, match="multiples of 32"):
-        lw.export(lw.edit.quantize(_model(1), method="rtn"), tmp_path / "odd", format="gptq")
+# --- golden numbers
 
 
 def _golden(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,12 +22,14 @@ class Grid:
 
     Attributes:
         scales: of every row and group. zeros: the code of 0.0, whole numbers. bits: of a code. group: inputs in a group.
+        of: the group of every input (None: runs of `group` neighbours).
     """
 
     scales: Float[Tensor, "out groups"]
     zeros: Float[Tensor, "out groups"]
     bits: int
     group: int
+    of: Int[Tensor, " in"] | None = None
 
     def nearest(self, weight: Float[Tensor, "out in"], first: int = 0) -> UInt8[Tensor, "out in"]:
         """The code of the nearest value of the grid. `first`: which column of the matrix `weight` begins with."""
@@ -42,7 +44,10 @@ class Grid:
     def _spread(self, columns: int, first: int) -> tuple[Tensor, Tensor]:
         if self.scales.shape[1] == 1:
             return self.scales, self.zeros
-        of = torch.arange(first, first + columns, device=self.scales.device) // self.group
+        if self.of is None:
+            of = torch.arange(first, first + columns, device=self.scales.device) // self.group
+        else:
+            of = self.of[first : first + columns]
         return self.scales[:, of], self.zeros[:, of]
 
 

@@ -46,6 +46,7 @@ class LinearSpec:
         store: for loqt: its frozen matrices in 4 bits (`nf4`) or as they are (`full`).
         block: for 4-bit matrices: numbers that share a scale. double: the scales are quantized to 8 bits too.
         bits: for packed ones: of a number, 2, 3, 4 or 8. group: inputs of a row that share a scale (None: all of them).
+        indexed: which group an input is in is stored too, as groups are not runs of neighbours (GPTQ checkpoints in act-order).
     """
 
     kind: str = "dense"
@@ -58,6 +59,7 @@ class LinearSpec:
     double: bool = False
     bits: int = 4
     group: int | None = None
+    indexed: bool = False
 
     __pydantic_config__ = FORBID
 

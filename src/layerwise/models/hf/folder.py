@@ -18,11 +18,13 @@ from layerwise.files import CHECKSUMS, check_folder, read_json, whole_folder, wr
 from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import Family, Pair, is_tied, layer_ties, parts_of, shapes_of
-from layerwise.models.hf.shards import read_names, read_tensors, write_tensors
+from layerwise.models.hf.gptq_read import Place, packed_linears, read_settings, take_packed, with_linears
+from layerwise.models.hf.shards import read_names, read_sizes, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
+from layerwise.stack.spec import LinearSpec
 from layerwise.table import lookup, nearest
 
 SHARD_BYTES = 5_000_000_000
@@ -31,7 +33,8 @@ MOST_LAYERS = 10_000
 
 
 def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Model:
-    """The model of a Hugging Face checkpoint folder; its remote code, if it names any, is never run.
+    """The model of a Hugging Face checkpoint folder, plain or with matrices in the GPTQ format, which stay packed; its remote code, if it
+    names any, is never run.
 
     Args:
         dtype: of the floating-point weights (None: as stored).
@@ -45,11 +48,20 @@ def import_hf(folder: str | Path, *, device: str | torch.device = "cpu", dtype: 
     _check_sums(folder)
     family, spec = _described(folder, config)
     try:
+        theirs = _renamed(family, read_tensors(folder, str(device)), spec)
+        packed: dict[str, Tensor] = {}
+        linears: dict[Place, LinearSpec] = {}
+        if (settings := read_settings(config)) is not None:
+            linears = packed_linears(family, spec, {name: tuple(t.shape) for name, t in theirs.items()}, settings)
+            packed = take_packed(family, spec, theirs, linears, settings)
         # Nothing else holds what is read: a tensor goes when ours are made of it.
-        spec, ours, carried = _ours(family, spec, _renamed(family, read_tensors(folder, str(device)), spec))
+        spec, ours, carried = _ours(family, spec, theirs)
+        ours = {name: t for name, t in ours.items() if t.device.type != "meta"} | packed
+        spec = with_linears(spec, linears) if linears else spec
     except BadInput as error:
         raise BadInput(f"{folder} does not fit its config: {error}") from error
     model = assemble(spec, ours, dict(family.shared) | layer_ties(spec), dtype, folder)
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
     return with_origin(model, Origin(config, _generation(folder), carried, read_sidecars(folder)))
 
 
@@ -59,7 +71,14 @@ def read_config(folder: Path) -> tuple[Family, ModelSpec]:
     Raises:
         BadInput: pickle files only, no usable config, or a family we do not have.
     """
-    return _described(folder, _config(folder))
+    config = _config(folder)
+    family, spec = _described(folder, config)
+    try:
+        settings = read_settings(config)
+        linears = packed_linears(family, spec, read_sizes(folder), settings) if settings is not None else {}
+    except BadInput as error:
+        raise BadInput(f"{folder} does not fit its config: {error}") from error
+    return family, with_linears(spec, linears) if linears else spec
 
 
 def export_hf(
@@ -126,11 +145,11 @@ def export_hf(
     return folder
 
 
-def their_names(model: Model) -> dict[str, str]:
-    """Our name of every tensor that has one of theirs to itself -> theirs, in the family that an export would choose."""
+def pairs_of(model: Model) -> tuple[Family, list[Pair]]:
+    """The family that an export would choose, and its table of names."""
     origin = origin_of(model)
     family = family_for(model.spec, preferred=origin.config.get("model_type") if origin is not None else None)
-    return {pair.ours[0]: pair.theirs for pair in family.pairs(model.spec) if len(pair.ours) == 1}
+    return family, family.pairs(model.spec)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -149,8 +168,10 @@ def _config(folder: Path) -> dict[str, Any]:
             raise BadInput(f"{path}: {deep[0]} is {part[deep[0]]}; at most {MOST_LAYERS} layers are read")
     if config.get("auto_map"):
         warnings.warn(f"{path} names code of its own (auto_map); it is not run", stacklevel=2)
-    if config.get("quantization_config"):
-        raise BadInput(f"{path}: its weights are quantized; layerwise reads plain ones (dequantize and save it with transformers)")
+    try:
+        read_settings(config)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
     return config
 
 

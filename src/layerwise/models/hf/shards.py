@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import read_json, write_json
-from layerwise.safetensor import load_tensors, save_tensors, tensor_names
+from layerwise.safetensor import load_tensors, save_tensors, tensor_names, tensor_sizes
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -32,6 +32,14 @@ def read_names(folder: Path) -> list[str]:
     if index.is_file():
         return list(_weight_map(index))
     return tensor_names(folder / WHOLE)
+
+
+def read_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The sizes of all tensors of a folder by name; none of them is read."""
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _files(folder):
+        found |= tensor_sizes(path)
+    return found
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], shard_bytes: int) -> None:

@@ -51,13 +51,15 @@ class Integers(nn.Module):
 
     Args:
         shape: of the matrix, (out, in). bits: of a number. group: inputs of a row that share a scale and a zero (None: all).
+        indexed: `of` holds the group of every input; else groups are runs of neighbours.
     """
 
     codes: Tensor
     scales: Tensor
     zeros: Tensor
+    of: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], bits: int, group: int | None = None) -> None:
+    def __init__(self, shape: tuple[int, int], bits: int, group: int | None = None, indexed: bool = False) -> None:
         super().__init__()
         self.shape, self.bits = shape, bits
         self.group = shape[1] if group is None else group
@@ -65,11 +67,15 @@ class Integers(nn.Module):
         self.register_buffer("codes", torch.empty(packed_bytes(shape[0] * shape[1], bits), dtype=torch.uint8))
         self.register_buffer("scales", torch.empty(shape[0], groups, dtype=torch.float16))
         self.register_buffer("zeros", torch.empty(packed_bytes(shape[0] * groups, bits), dtype=torch.uint8))
+        self.register_buffer("of", torch.empty(shape[1], dtype=torch.int32) if indexed else None)
 
     def put(self, codes: Tensor, grid: Grid) -> None:
         """Take over codes (out, in) on a grid."""
         self.codes, self.zeros = pack(codes, self.bits), pack(grid.zeros, self.bits)
         self.scales = grid.scales.to(torch.float16)
+        if self.of is not None:  # an index that nothing new is given for is that of neighbours
+            neighbours = torch.arange(self.shape[1], device=codes.device) // self.group
+            self.of = (neighbours if grid.of is None else grid.of).to(torch.int32)
 
     def store(self, matrix: Tensor) -> None:
         """Round `matrix` to the nearest numbers."""
@@ -79,7 +85,7 @@ class Integers(nn.Module):
     def grid(self) -> Grid:
         """The values that the matrix may have."""
         zeros = unpack(self.zeros, self.bits, self.scales.numel()).view(self.scales.shape).float()
-        return Grid(self.scales.float(), zeros, self.bits, self.group)
+        return Grid(self.scales.float(), zeros, self.bits, self.group, self.of)
 
     def numbers(self) -> Tensor:
         """The codes, (out, in) uint8."""
@@ -130,7 +136,9 @@ class Quantized(Linear):
     def __init__(self, inner: int, outer: int, bias: bool, spec: LinearSpec) -> None:
         super().__init__(inner, outer, bias)
         integers = spec.kind.startswith("packed")
-        self.base: Any = Integers((outer, inner), spec.bits, spec.group) if integers else Packed((outer, inner), spec.block, spec.double)
+        self.base: Any = (
+            Integers((outer, inner), spec.bits, spec.group, spec.indexed) if integers else Packed((outer, inner), spec.block, spec.double)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.base, self.bias)
