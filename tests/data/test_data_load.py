@@ -494,3 +494,21 @@ def test_public_sets(data_dir, tmp_path, name, kind, facts):
         first = data.tokenizer.decode(data.train.batch(torch.arange(1))["input_ids"][0].tolist())
         assert data.documents("train")[0].startswith(first)
         assert not set(data.documents("train")) & set(data.documents("validation"))
+
+
+def test_shares_deal_the_rows_of_classes_out_by_content():
+    whole = load_data(DataSpec(source="builtin:digits", examples=600))
+    parts = [
+        load_data(DataSpec(source="builtin:digits", examples=600, shares=shares))
+        for shares in ({"9": (0, 1), "*": (0, 0.1)}, {"9": (0, 0), "*": (0.1, 1)})
+    ]
+    counts = [np.bincount(part.train.arrays["labels"], minlength=10) for part in (whole, *parts)]
+    assert (counts[1] + counts[2] == counts[0]).all() and counts[2][9] == 0 and counts[1][9] == counts[0][9]
+    assert 20 < counts[1][:9].sum() < 90
+    rows = [{image.tobytes() for image in part.train.arrays["images"]} for part in parts]
+    assert not rows[0] & rows[1]
+    assert all(part.classes == 10 and len(part.validation) == len(whole.validation) for part in parts)
+    with pytest.raises(BadInput, match=r"a part \[low, high\] of \[0, 1\]"):
+        DataSpec(shares={"9": (0.5, 0.1)})
+    with pytest.raises(BadInput, match=r"data\.shares chooses rows by their labels"):
+        load_data(DataSpec(source="builtin:docs", shares={"*": (0, 1)}))

@@ -8,7 +8,10 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 
 from layerwise.edit.merging.transport import ot_fuse, transport_map, transport_plan
+from layerwise.edit.reset import initialize
 from layerwise.errors import BadInput
+from layerwise.evaluate.accuracy import classification
+from layerwise.evaluate.fusion import fusion_curve
 from layerwise.models.model import build
 from layerwise.models.spec import model_spec
 
@@ -165,3 +168,40 @@ def test_what_cannot_be_matched_is_refused():
         ot_fuse(_net(), other=_net((24, 9)), match="none")
     with pytest.raises(BadInput, match="needs data"):
         ot_fuse(_net(), other=_net(seed=1))
+
+
+class _Labelled(_Rows):
+    """The same with the labels that some network gives."""
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.validation = self
+        self.labels = teacher({"pixel_values": self.pixels}).logits.argmax(dim=1)
+
+    def batch(self, rows):
+        return {**super().batch(rows), "labels": self.labels[rows]}
+
+
+def test_the_curve_between_a_network_and_itself_in_another_order_is_flat_and_a_plain_average_dips():
+    net = _net((40, 30))
+    data = _Labelled(net)
+    other = _shuffled(net)
+    found = fusion_curve(net, data, other=other, samples=64)
+    assert found.metrics == {"curve_best": 1.0, "curve_weight": 0.0, "curve_mean": 1.0, "curve_ends": 1.0}
+    plain = fusion_curve(net, data, other=other, match="none", weights=(0.0, 0.5, 1.0))
+    assert plain.metrics["curve_ends"] == 1.0 and plain.tables[0].rows[1][1] < 0.9
+    wide = fusion_curve(_net((12, 9)), data, other=_net((24, 18), seed=3), samples=64, weights=(1.0,))
+    assert wide.metrics["curve_best"] == classification(_net((12, 9)), data).metrics["accuracy"]
+    with pytest.raises(BadInput, match="weights lie in"):
+        fusion_curve(net, data, other=other, weights=(0.5, 1.2))
+
+
+def test_a_network_is_begun_anew_with_other_widths():
+    wide = _net((24, 18))
+    layers = [{"kind": "dense", "norm": "none", "channels": c} for c in (12, 9)]
+    narrow = initialize(wide, stack={"layers": layers}, seed=4)
+    assert [layer.channels for layer in narrow.spec.stack.layers] == [12, 9]
+    fused = ot_fuse(narrow, _Rows(), other=wide)
+    assert {n: t.shape for n, t in fused.state_dict().items()} == {n: t.shape for n, t in narrow.state_dict().items()}
+    with pytest.raises(BadInput, match="stack.layers"):
+        initialize(wide, stack={"layers": [{"kind": "denser"}]})

@@ -264,7 +264,8 @@ def _split(raw: Raw, spec: DataSpec) -> dict[str, Rows]:
         held = _held_out(train, spec, raw.name)
         splits["validation"] = train.take(np.flatnonzero(held))
         train = train.take(np.flatnonzero(~held))
-    splits["train"] = train if spec.examples is None else _chosen(train, spec)
+    train = train if spec.examples is None else _chosen(train, spec)
+    splits["train"] = _dealt(train, spec) if spec.shares else train
     return {name: splits[name] for name in SPLITS if name in splits}
 
 
@@ -289,6 +290,20 @@ def _held_out(rows: Rows, spec: DataSpec, name: str) -> np.ndarray:
         return np.arange(len(rows)) == 0
     # Of a few documents the share may be none or all: each side keeps at least one.
     return place <= np.clip(spec.validation, places[0], places[-2])
+
+
+def _dealt(rows: Rows, spec: DataSpec) -> Rows:
+    """The rows whose places lie in their class's share."""
+    assert rows.labels is not None
+    parts = np.array(
+        [spec.shares.get(str(label), spec.shares.get("*", (0.0, 1.0))) for label in range(int(rows.labels.max(initial=0)) + 1)]
+    )
+    place = positions(rows.keys(), spec.seed + 2)
+    low, high = parts[rows.labels].T
+    kept = np.flatnonzero((place >= low) & (place < high))
+    if not len(kept):
+        raise BadInput(f"data.shares leaves no training row of {spec.source}")
+    return rows.take(kept)
 
 
 def _chosen(rows: Rows, spec: DataSpec) -> Rows:

@@ -62,6 +62,8 @@ def check_fit(spec: DataSpec, kind: str, *, labelled: bool) -> None:
     what = "images" if kind == "images" else "texts with labels" if labelled else "pairs" if spec.pairs else "text without labels"
     if spec.boundaries and what != "text without labels":
         raise BadInput(f"data.boundaries keeps packed documents apart; {spec.source} has {what}, one a row")
+    if spec.shares and not labelled:
+        raise BadInput(f"data.shares chooses rows by their labels; {spec.source} has {what}")
     if spec.classes is not None and not labelled:
         raise BadInput(f"data.classes chooses rows by their labels; {spec.source} has {what}")
     if spec.augment is not None and kind != "images":

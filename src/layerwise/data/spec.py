@@ -74,6 +74,8 @@ class DataSpec:
         tokenizer: for text. length: tokens in a row.
         validation: share of the documents (or images) held out where the source has no validation split of its own.
         classes: use the rows of these classes only, numbered anew in this order (None: all).
+        shares: class -> which part of its training rows to use, `*` for classes that are not named: `{"9": [0, 1], "*": [0, 0.1]}` and
+            `{"9": [0, 0], "*": [0.1, 1]}` deal one set out to two networks. Rows have their places in [0, 1) by their content.
         documents: use so many documents only. examples: use so many training images only, classes evenly.
         boundaries: packed rows carry `segment_ids` and positions that restart with every document.
         augment: random changes to training images.
@@ -87,6 +89,7 @@ class DataSpec:
     length: int = 128
     validation: float = 0.1
     classes: tuple[int, ...] | None = None
+    shares: dict[str, tuple[float, float]] = field(default_factory=dict)
     documents: int | None = None
     examples: int | None = None
     boundaries: bool = False
@@ -103,6 +106,9 @@ class DataSpec:
         for name in self.columns:
             if name not in COLUMNS:
                 raise unknown(name, COLUMNS, "canonical column in data.columns:")
+        for key, (low, high) in self.shares.items():
+            if not (key == "*" or key.isdecimal()) or not 0 <= low <= high <= 1:
+                raise BadInput(f"shares gives a part [low, high] of [0, 1] for a class number or *; got {key}: [{low}, {high}]")
         if self.pairs and self.columns:
             raise BadInput("data.pairs names the columns of prompts and targets: leave data.columns out")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes) or min(self.classes) < 0):

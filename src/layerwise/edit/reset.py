@@ -17,8 +17,8 @@ def initialize(model: Model, *, stack: dict[str, Any] | None = None, seed: int |
     """A model of the same description with fresh weights, the ones that `build` draws from `seed`, and without filters.
 
     Args:
-        stack: fields of the description's stack that differ, as in a job (`{width: 24, layer: {heads: 2}}`): a student of another size
-            beside its teacher.
+        stack: fields of the description's stack that differ, as in a job (`{width: 24, layer: {heads: 2}}`, or `{layers: [...]}` of a network
+            of convolutional or dense layers): a student of another size beside its teacher.
 
     Raises:
         BadInput: such a stack cannot be.
@@ -31,12 +31,14 @@ def preview_initialize(spec: ModelSpec, *, stack: dict[str, Any] | None = None, 
     plain = dataclasses.replace(spec, filters=None)
     if not stack:
         return plain
-    if not isinstance(spec.stack, StackSpec) or spec.decoder is not None:
-        raise BadInput("initialize changes the stack of a model with one stack of transformer layers")
+    if spec.decoder is not None:
+        raise BadInput("initialize changes the stack of a model with one stack; this one is an encoder-decoder")
     old = dataclasses.asdict(spec.stack)
-    changed = {**old, **stack, "layer": {**old["layer"], **(stack.get("layer") or {})}}
+    changed = {**old, **stack}
+    if isinstance(spec.stack, StackSpec):
+        changed["layer"] = {**old["layer"], **(stack.get("layer") or {})}
     try:
-        return dataclasses.replace(plain, stack=TypeAdapter(StackSpec).validate_python(changed))
+        return dataclasses.replace(plain, stack=TypeAdapter(type(spec.stack)).validate_python(changed))
     except ValidationError as error:
         first = error.errors()[0]
         raise BadInput(f"stack.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

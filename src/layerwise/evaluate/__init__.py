@@ -12,6 +12,7 @@ EVALUATIONS = {
     "continuation": "layerwise.evaluate.continuation:continuation",
     "early-exits": "layerwise.evaluate.exits:early_exits",
     "self-speculation": "layerwise.evaluate.exits:self_speculation",
+    "fusion-curve": "layerwise.evaluate.fusion:fusion_curve",
     "ensemble-accuracy": "layerwise.evaluate.ensemble:ensemble_accuracy",
     "composition": "layerwise.evaluate.experts:composition",
     "ghn-start": "layerwise.evaluate.ghn:ghn_start",

@@ -48,6 +48,7 @@ NEEDS_HEAD = {
     "language-modeling": "lm",
     "classification": "classifier",
     "chain-search": "classifier",
+    "fusion-curve": "classifier",
     "deep-supervision": "classifier",
     "forward-forward": "classifier",
     "mono-forward": "classifier",

@@ -89,6 +89,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
         "task_distance",
     ),
     "early-exits": ("exit_loss", "val_loss", "exit_gap"),
+    "fusion-curve": ("curve_best", "curve_weight", "curve_mean", "curve_ends"),
     "ensemble-accuracy": ("accuracy", "accuracy_here", "accuracy_there"),
     "embedding-agreement": ("cosine", "rank_agreement"),
     "language-modeling": ("val_loss", "perplexity", "normalized_loss"),
