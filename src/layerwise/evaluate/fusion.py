@@ -46,7 +46,7 @@ def fusion_curve(
             for name, tensor in mixed.state_dict().items():
                 there, here = (state[name] for state in ends)
                 tensor.copy_(torch.lerp(there, here, weight) if tensor.is_floating_point() else here)
-        return classification(mixed, data, splits=[split]).metrics["accuracy"]
+        return classification(mixed, data, splits=(split,)).metrics["accuracy"]
 
     curve = {w: accuracy(w) for w in weights}
     best = max(curve, key=lambda w: curve[w])
