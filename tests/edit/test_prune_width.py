@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import layerwise as lw
+from layerwise.analyze.cost import costs
 from layerwise.analyze.groups import group_scores
 from layerwise.analyze.scores import layer_scores
 from layerwise.edit.prune.sparsity import LARGEST, advance, centred, raised, stage_goals, widths_of
@@ -14,9 +15,14 @@ from layerwise.edit.prune.width import cut_width
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate
 from layerwise.models.model import build
+from layerwise.models.presets import preset
+from layerwise.models.spec import model_spec
 from layerwise.nn.cache import Cache
+from layerwise.objectives.distill import LogitDistillation
 from layerwise.optim.schedule import factor
 from layerwise.optim.spec import ScheduleSpec
+from layerwise.train.loop import train
+from layerwise.train.spec import TrainSpec
 
 IDS = {"input_ids": torch.arange(24).reshape(2, 12) % 50}
 LAYER = {"causal": True, "position": "rotary", "ffn": "swiglu", "heads": 8, "kv_heads": 4, "head_dim": 6, "ffn_width": 24}
@@ -275,3 +281,24 @@ def test_models_with_parts_that_cannot_be_cut_are_refused():
     with pytest.raises(BadInput, match="cut ffn only"):
         preview_width(alibi, keep=0.5)
     assert preview_width(alibi, keep=0.5, parts="ffn").stack.layers[0].ffn_width == 12
+    with pytest.raises(BadInput, match="one stack"):
+        preview_width(model_spec(preset("encoder-decoder")), keep=0.5)
+    with pytest.raises(BadInput, match="one stack, of transformer layers"):
+        preview_width(model_spec(preset("vgg")), keep=0.5)
+
+
+def test_layers_of_different_widths_go_through_other_edits_and_training(text, tmp_path):
+    model = _model()
+    pruned = prune_width(model, keep=[1.0, 0.5, 0.25], by="magnitude")
+    wide, narrow = ([costs(m, IDS)[i].flops for i in range(3)] for m in (model, pruned))
+    assert wide[0] == narrow[0] > narrow[1] > narrow[2] and narrow[1] == wide[1] // 2
+    packed = lw.edit.quantize(pruned, text, bits=8, samples=8)
+    torch.testing.assert_close(packed(IDS).logits, pruned(IDS).logits, rtol=0.1, atol=0.1)
+    adapted = lw.edit.merge_lora(lw.edit.lora(pruned, rank=2))
+    dropped = lw.edit.drop_layers(adapted, layers=[1])
+    assert [s.ffn_width for s in dropped.spec.stack.layers] == [24, 6] and torch.isfinite(dropped(IDS).logits).all()
+    lw.save(model, tmp_path / "teacher")
+    taught = {"teacher": str(tmp_path / "teacher"), "temperature": 2.0}  # the paper's recovery with distillation, of a wider teacher
+    before = LogitDistillation(**taught)(pruned, text.train.batch(torch.arange(8))).mean.item()
+    train(pruned, text, TrainSpec("logit-distillation", options=taught, steps=8, batch=8), seed=0)
+    assert LogitDistillation(**taught)(pruned, text.train.batch(torch.arange(8))).mean.item() < before
