@@ -14,6 +14,8 @@ from layerwise.edit.prune.structured import best, preview_width, prune_width
 from layerwise.edit.prune.width import cut_width
 from layerwise.errors import BadInput
 from layerwise.infer.generate import generate
+from layerwise.jobs.check import check_job
+from layerwise.jobs.schema import read_job
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
@@ -302,3 +304,30 @@ def test_layers_of_different_widths_go_through_other_edits_and_training(text, tm
     before = LogitDistillation(**taught)(pruned, text.train.batch(torch.arange(8))).mean.item()
     train(pruned, text, TrainSpec("logit-distillation", options=taught, steps=8, batch=8), seed=0)
     assert LogitDistillation(**taught)(pruned, text.train.batch(torch.arange(8))).mean.item() < before
+
+
+@pytest.mark.parametrize(
+    ("preset", "prune", "words"),
+    [
+        (
+            "decoder",
+            {"adapt": "token-modification"},
+            r"stages.out: no Hugging Face family.*layer 1 has .* and layer 0 has .*export: layerwise",
+        ),
+        ("bert", {}, "stages.prune: causal-lm needs causal layers"),
+        ("bert", {"objective": "masked-lm"}, "layer 0 has head_dim 8; bert layers have 16"),
+        ("encoder-decoder", {"by": "magnitude"}, "stages.prune: widths are cut in models with one stack"),
+        ("decoder", {}, None),
+        ("bert", {"by": "magnitude", "parts": "ffn"}, None),
+    ],
+)
+def test_a_job_that_cannot_work_is_refused_before_it_begins(verses, preset, prune, words):
+    model = {"preset": preset, "stack": {"depth": 3} | ({} if preset == "encoder-decoder" else {"width": 32})}
+    stages = {"prune": {"edit": "prune-width", "keep": 0.5, **prune}, "out": {"export": "hf"}}
+    data = {"source": f"path:{verses}", "length": 32, "tokenizer": {"kind": "bytes"}}
+    job = read_job({"name": "small", "data": data, "model": model, "stages": stages})
+    if words is None:
+        check_job(job)
+    else:
+        with pytest.raises(BadInput, match=words):
+            check_job(job)
