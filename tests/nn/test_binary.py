@@ -1,17 +1,23 @@
 """Binary parts (card 094): values, hand-made gradients, estimators, packed storage."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import layerwise as lw
 from layerwise.errors import BadInput
+from layerwise.embed.one_bit import OneBitTable
+from layerwise.models.heads import Pooler
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.nn.binarize import Elastic, binary_weight, sign
-from layerwise.nn.binary_attention import Estimators
+from layerwise.nn.binary_attention import BinaryAttention, Estimators
 from layerwise.nn.linear import make_linear
 from layerwise.nn.linears.binary import Binary
+from layerwise.stack.context import Context
 from layerwise.stack.spec import LayerSpec, LinearSpec
 
 IDS = torch.randint(0, 50, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -222,3 +228,48 @@ def test_a_layer_of_berts_size_takes_56_times_fewer_operations_and_a_28th_of_the
     cost = _costs(packed, torch.randint(0, 30_522, (1, 128)))
     assert 50 < cost["operations_ratio"] < 64  # the paper, with its heads: 56
     assert 26 < cost["bytes_ratio"] < 32  # and 28
+
+
+def _fill(tensor, k, size=0.5):
+    tensor.data = (size * torch.sin(torch.arange(tensor.numel()).float() ** 2 * 0.017 + k)).view(tensor.shape)
+
+
+def test_attention_pooler_and_token_vectors_are_those_of_the_published_code():
+    """Weights, inputs and the loss are formulas; scales begin on the first batch. Twelve heads, which the published code fixes."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "bipft.json").read_text())
+    data = preset("bert")
+    data["stack"] |= {"depth": 1, "width": 24}
+    data["stack"]["layer"] |= {"heads": 12}
+    data["embedding"] |= {"vocab": 7}
+    attention = lw.edit.binarize(build(model_spec(data))).stack.layers[0].mixer.branch
+    assert isinstance(attention, BinaryAttention) and attention.estimators is not None
+    for j, linear in enumerate((attention.q, attention.k, attention.v)):
+        _fill(linear.weight, j), _fill(linear.bias, j + 0.5, 0.1), _fill(linear.shift, j + 0.7, 0.05)
+    for j, name in enumerate(("qm", "qp", "km", "kp", "vp")):
+        estimate = getattr(attention.estimators, name)
+        _fill(estimate.weight, 10 + j), _fill(estimate.bias, 20 + j, 0.2)
+    attention.o = torch.nn.Identity()  # the published module ends before its output projection
+    x = torch.cos(torch.arange(2 * 5 * 24).float() * 0.7 + 0.2).view(2, 5, 24).requires_grad_()
+    context = Context()
+    context.begin(x, None)
+    y = attention(x, context, (0, 0))
+    (y * torch.sin(torch.arange(y.numel()) * 0.9).view(y.shape)).sum().backward()
+    scales = [attention.q.inputs, attention.q_bits, attention.k_bits, attention.v_bits, attention.attention_bits]
+    pooler = Pooler("binary", 24, 1e-12)
+    pooler.initialize(0.02, torch.Generator())
+    _fill(pooler.dense.weight, 3), _fill(pooler.dense.bias, 4, 0.1), _fill(pooler.dense.shift, 5, 0.05)
+    table = OneBitTable(7, 24)
+    _fill(table.weight, 6)
+    made = {
+        "context": y[1, 4, :4],
+        "x_grad": x.grad[0, 0, :4],
+        "q_grad": attention.q.weight.grad.norm(),
+        "shift_grad": attention.k.shift.grad[:4],
+        "estimator_grad": attention.estimators.qp.weight.grad[0, :4],
+        "alphas": torch.stack([s.alpha for s in scales]),
+        "alpha_grads": torch.stack([scales[i].alpha.grad for i in (0, 1, 3, 4)]),
+        "pooled": pooler(torch.cos(torch.arange(48).float() * 0.9).view(2, 24))[1, :4],
+        "word": table(torch.tensor([3]))[0, :4],
+    }
+    for name, value in made.items():
+        torch.testing.assert_close(value.detach(), torch.tensor(golden[name]), rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

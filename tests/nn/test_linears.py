@@ -1,5 +1,8 @@
 """The family of linears: what they compute, what they store, what merging leaves."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -274,3 +277,35 @@ def test_parameters_gradients_and_adam_take_the_share_of_dense_training_that_ari
     full = held(LinearSpec())
     assert held(LinearSpec("sparse-low-rank", rank=rank)) / full == pytest.approx(sltrain, abs=0.01)
     assert held(LinearSpec("loqt", rank=rank)) / full == pytest.approx(loqt, abs=0.01)
+
+
+class _Rounded(torch.nn.Module):
+    """Stands in for NF4: multiples of 1 / parts."""
+
+    def __init__(self, parts):
+        super().__init__()
+        self.parts = parts
+
+    def store(self, matrix):
+        self.kept = (matrix * self.parts).round() / self.parts
+
+    def matrix(self, dtype=None):
+        return self.kept
+
+
+@pytest.mark.parametrize("shape", [(10, 6), (6, 10)])
+def test_loqt_directions_and_compensation_are_those_of_the_published_code(shape):
+    """Matrix and gradient are formulas; both sides round in place of NF4, and what the adapter adds does not depend on signs."""
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "loqt.json").read_text())[f"{shape[0]}x{shape[1]}"]
+    linear = _made(LinearSpec("loqt", rank=2, alpha=0.5), inner=shape[1], outer=shape[0], bias=False, fill=False)
+    linear.base, linear.directions = _Rounded(3), _Rounded(8)
+    count = torch.arange(shape[0] * shape[1]).double() ** 2
+    matrix = (torch.sin(count * 0.13) * 0.9).view(shape).float()
+    linear.base.store(matrix)
+    linear._gradient = torch.cos(count * 0.29).view(shape).float()
+    linear.close(matrix, 5)
+    b, a = linear.factors()
+    product = 0.5 * (b @ a).detach()
+    torch.testing.assert_close(linear.base.kept.flatten()[:6], torch.tensor(golden["stored"]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(product.flatten()[:6], torch.tensor(golden["product"]), rtol=1e-4, atol=1e-5)
+    assert float((matrix - linear.base.kept - product).norm()) == pytest.approx(golden["error"], rel=1e-4)
