@@ -158,3 +158,19 @@ def test_the_policy_sees_laycas_turn_of_each_step(digits):
                       schedule=ScheduleSpec("constant", warmup=0), policies=({"name": "rotation", "every": 2},))  # fmt: skip
     found = train(build(model_spec(spec), 0), digits, stage).findings.metrics
     assert found["turn_mean"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_three_steps_with_momentum_are_those_of_the_published_code():
+    """ispgroupucl/layer-rotation-tools at 32d70f3, keras/layer_rotation_control.py, its `layca` under SGD with momentum 0.9, run on NumPy."""
+    count = torch.arange(12, dtype=torch.float64) ** 2
+    weight = nn.Parameter(torch.sin(count * 0.13).view(3, 4))
+    optimizer = Layca([weight], lr=0.2, inner="sgd", inner_options={"momentum": 0.9})
+    golden = [
+        [-0.179126667, -0.041791486, 0.426196403, 1.076730489],
+        [-0.350197974, -0.183095729, 0.425564887, 1.223048578],
+        [-0.414872479, -0.206477739, 0.516109463, 1.284628318],
+    ]
+    for t, expected in enumerate(golden):
+        weight.grad = torch.cos(count * 0.29 + t).view(3, 4)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach().flatten()[:4], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=2e-9)
