@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import layerwise as lw
-from layerwise.errors import BadInput
 from layerwise.embed.one_bit import OneBitTable
+from layerwise.errors import BadInput
 from layerwise.models.heads import Pooler
 from layerwise.models.model import build
 from layerwise.models.presets import preset

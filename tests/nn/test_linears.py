@@ -309,3 +309,26 @@ def test_loqt_directions_and_compensation_are_those_of_the_published_code(shape)
     torch.testing.assert_close(linear.base.kept.flatten()[:6], torch.tensor(golden["stored"]), rtol=0, atol=1e-6)
     torch.testing.assert_close(product.flatten()[:6], torch.tensor(golden["product"]), rtol=1e-4, atol=1e-5)
     assert float((matrix - linear.base.kept - product).norm()) == pytest.approx(golden["error"], rel=1e-4)
+
+
+def test_sltrain_output_and_gradients_are_those_of_the_published_code():
+    """andyjm3/SLTrain at 2335d62: its C++ kernel and layer, built, on parts and inputs that are formulas."""
+    golden = {
+        "y": [-0.345720734, -0.506539434, -0.458112205, -0.539183082],
+        "x": [0.474559173, 1.005572557, 0.768795279, 1.345710022],
+        "a": [0.074866627, -0.054529766, -0.158279958, -0.187588612],
+        "b": [-0.109748886, 0.204118817, -0.211996409, 0.070227936],
+        "values": [0.355954648, -0.331548952, -0.023208814, 0.280088896],
+        "bias": [0.647007978, -0.043441325, -0.701015099, -0.828074622],
+    }
+    linear = _made(LinearSpec("sparse-low-rank", rank=2, alpha=3, density=0.25), inner=6, outer=8, fill=False).double()
+    for k, part in enumerate((linear.factor_a, linear.factor_b, linear.values, linear.bias)):
+        part.data = (0.5 * torch.sin(torch.arange(part.numel()).double() ** 2 * 0.017 + k)).view(part.shape)
+    linear.places = torch.arange(12, dtype=linear.places.dtype) * 4 + 1
+    x = torch.cos(torch.arange(2 * 3 * 6).double() * 0.7).view(2, 3, 6).requires_grad_()
+    y = linear(x)
+    (y * torch.sin(torch.arange(y.numel()).double() * 0.9).view(y.shape)).sum().backward()
+    parts = {"a": linear.factor_a, "b": linear.factor_b, "values": linear.values, "bias": linear.bias}
+    made = {"y": y[1, 2], "x": x.grad, **{name: p.grad for name, p in parts.items()}}
+    for name, value in made.items():
+        torch.testing.assert_close(value.detach().flatten()[:4], torch.tensor(golden[name], dtype=torch.float64), rtol=0, atol=2e-8)
