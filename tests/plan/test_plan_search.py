@@ -14,12 +14,10 @@ import torch
 import layerwise as lw
 from layerwise.edit.quantization.engine import calibration_rows
 from layerwise.errors import BadInput
-from layerwise.evaluate.language import language_modeling
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
-from layerwise.objectives.language import CausalLM
 from layerwise.plan.choice import FAMILIES, LEVELS, Choice, How, applied, check_plannable, choices, previewed, stages
-from layerwise.plan.damage import damages, layer_losses
+from layerwise.plan.damage import Damage, Probe, damages
 from layerwise.plan.knapsack import solve
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
 from layerwise.plan.search import Candidate, Space, check_reachable, learned
@@ -121,35 +119,43 @@ def test_thinned_states_stay_within_the_budget_and_near_the_best() -> None:
 # --- sensitivities
 
 
-def test_a_damage_is_the_loss_with_one_layer_changed_minus_the_loss(text: Any) -> None:
+def test_a_damage_is_what_the_model_does_with_one_layer_changed(text: Any) -> None:
     model = _model(depth=3, seed=1)
     moves = [Choice(drop=True), Choice(bits=2), Choice(ffn=0.5)]
     make = lambda plan: applied(model, text, stages(plan, HOW), 0)  # noqa: E731
-    found = damages(model, text, moves, make, samples=8, batch=4)
+    found = damages(Probe(model, text, samples=8, batch=4, seed=1), moves, make)
     rows = calibration_rows(text, 8, 4, "train", 1, 1, model.device)
 
-    def loss(one: Any) -> float:
+    def scores(one: Any) -> Any:
         with torch.no_grad():
-            parts = [CausalLM()(one, r) for r in rows]
-        return float(sum(p.total for p in parts) / sum(p.count for p in parts))
+            return [one(r).logits[:, :-1].log_softmax(-1) for r in rows]
 
-    whole = loss(model)
+    def loss(made: Any) -> float:
+        each = [-p.gather(-1, r["input_ids"][:, 1:, None]) for p, r in zip(made, rows, strict=True)]
+        return float(torch.cat(each).mean())
+
+    whole = scores(model)
     for move in moves:
         for i in range(3):
             if move.drop:
                 changed = model.with_stack(keep(model.stack, [j for j in range(3) if j != i]))
             else:
                 changed = model.with_stack(replace(model.stack, i, make((move,) * 3).stack.layers[i]))
-            assert found[move][i] == pytest.approx(loss(changed) - whole, abs=1e-5)
+            made = scores(changed)
+            apart = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(whole, made, strict=True)]).mean()
+            assert found[move][i].added == pytest.approx(loss(made) - loss(whole), abs=1e-5)
+            assert found[move][i].divergence == pytest.approx(float(apart), abs=1e-5)
 
 
-def test_layers_that_stay_damage_nothing(text: Any) -> None:
+def test_layers_that_stay_damage_nothing_and_pieces_are_the_whole(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(depth=3)
-    rows = [text.train.batch(torch.arange(4))]
-    with torch.no_grad():
-        whole = layer_losses(model, [], rows)[0]
-        assert layer_losses(model, list(model.stack.layers), rows) == [pytest.approx(whole, abs=1e-6)] * 3
-    assert whole == pytest.approx(language_modeling(model, text, split="train", batch=4, batches_at_most=1).metrics["val_loss"], abs=1e-5)
+    probe = Probe(model, text, samples=8, batch=4)
+    assert probe.of(list(model.stack.layers)) == [Damage(pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))] * 3
+    whole = probe.of([None] * 3)
+    monkeypatch.setattr("layerwise.plan.damage.NUMBERS", 1)  # row by row, and nothing kept
+    pieces = Probe(model, text, samples=8, batch=4)
+    assert pieces._kept is None and pieces.loss == pytest.approx(probe.loss, abs=1e-6)
+    assert pieces.of([None] * 3) == [Damage(pytest.approx(d.added, abs=1e-6), pytest.approx(d.divergence, abs=1e-6)) for d in whole]
 
 
 # --- the space of choices
@@ -158,7 +164,8 @@ def test_layers_that_stay_damage_nothing(text: Any) -> None:
 def _space(depth: int = 3, seed: int = 0, latency: Any = None) -> Space:
     space = Space(_model(depth).spec, LayerBytes(torch.float32), FEW, HOW, latency)
     generator = random.Random(seed)
-    space.expect({Choice(**{n: level}): [generator.random() for _ in range(depth)] for n, levels in FEW.items() for level in levels})
+    moves = [Choice(**{n: level}) for n, levels in FEW.items() for level in levels]
+    space.expect({move: [Damage(0.0, generator.random()) for _ in range(depth)] for move in moves})
     return space
 
 
@@ -168,6 +175,29 @@ def test_expected_damages_of_a_choice_are_the_sum_of_its_changes() -> None:
     singles = [space.options.index(Choice(heads=0.5)), space.options.index(Choice(ffn=0.5)), space.options.index(Choice(bits=2))]
     assert space.parts[:, k].sum(axis=1) == pytest.approx(space.parts[:, singles].sum(axis=(1, 2)))
     assert space.candidate([k] * 3, "").parts["rank"] == 0 and list(FAMILIES) == ["drop", "width", "rank", "bits"]
+
+
+def test_what_candidates_did_to_single_layers_replaces_sums_and_tells_of_choices_like_them() -> None:
+    space = _space()
+    both, other = (space.options.index(Choice(rank=0.5, bits=b)) for b in (4, 2))
+    single, width = space.options.index(Choice(bits=4)), space.options.index(Choice(ffn=0.5, bits=4))
+    before = space.expected()
+    space.correct([both, single, both], [Damage(0, 3 * before[0, both].sum()), Damage(0, 0.25), Damage(0, 3 * before[2, both].sum())])
+    after = space.expected()
+    assert after[[0, 2], both].sum(axis=1) == pytest.approx(3 * before[[0, 2], both].sum(axis=1))
+    assert after[1, single].sum() == pytest.approx(0.25)
+    assert after[:, other] == pytest.approx(3 * before[:, other]) and after[1, both] == pytest.approx(3 * before[1, both])
+    assert after[:, width] == pytest.approx(before[:, width])
+    families = list(FAMILIES)
+    assert (after[:, both][:, [families.index("drop"), families.index("width")]] == 0).all()
+
+
+def test_no_change_is_expected_to_damage_less_than_a_milder_one() -> None:
+    space = Space(_model(2).spec, LayerBytes(torch.float32), {"bits": (8, 4, 2)}, HOW)
+    seen = {8: (0.0, 0.2), 4: (0.3, 0.1), 2: (0.2, 0.4)}
+    space.expect({Choice(bits=b): [Damage(0.0, d) for d in each] for b, each in seen.items()})
+    at = [space.options.index(Choice(bits=b)) for b in (8, 4, 2)]
+    assert space.parts[:, at, list(FAMILIES).index("bits")].tolist() == [[0.0, 0.3, 0.3], [0.2, 0.2, 0.4]]
 
 
 def test_the_best_plan_is_what_trying_all_plans_finds_and_a_method_keeps_to_its_own() -> None:

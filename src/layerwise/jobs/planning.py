@@ -30,7 +30,7 @@ from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.models.two_towers import TwoTowers
 from layerwise.plan.choice import FAMILIES, LEVELS, Choice, How, applied, check_plannable, previewed, stages
-from layerwise.plan.damage import Damages, damages
+from layerwise.plan.damage import Damages, Probe, damages
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
 from layerwise.plan.search import Candidate, Space, check_reachable
 from layerwise.plan.size import LayerBytes, model_bytes
@@ -120,15 +120,13 @@ def plan_model(
         check_reachable(space, families, int(target * whole), whole, None)
     data, note = held_out(texts_for(source, model, text, data_dir, length), rows)
     moves = [Choice(**{name: level}) for name, chosen in levels.items() for level in chosen]
-    sensitivity = damages(
-        model, data, moves, lambda plan: applied(model, data, stages(plan, how), seed),
-        samples=how.samples, batch=how.batch, seed=seed, say=say,
-    )  # fmt: skip
+    probe = Probe(model, data, samples=how.samples, batch=how.batch, seed=seed + 1)  # other rows than those that are calibrated on
+    sensitivity = damages(probe, moves, lambda plan: applied(model, data, stages(plan, how), seed), say)
     space.expect(sensitivity)
     for target in targets:
         check_reachable(space, families, int(target * whole), whole, target_ms)
     trials = Trials(
-        model, data, space, how, rows=rows, batch=how.batch, seed=seed, work=work, say=say,
+        model, data, space, probe, how, rows=rows, batch=how.batch, seed=seed, work=work, say=say,
         between=healing(heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device),
     )  # fmt: skip
     found = [trials.best(target, int(target * whole), families, ms=target_ms, tries=tries) for target in targets]
@@ -292,7 +290,10 @@ def plan_data(planned: Planned) -> dict[str, Any]:
         "ms": planned.ms, "latency": None if trials.work is None else dataclasses.asdict(trials.work), "how": dataclasses.asdict(trials.how),
         "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()], "tried": [shown(c) for c in trials.tried.values()],
         "prediction": predictions(trials), "notes": planned.notes, "environment": environment(str(trials.model.device)),
-        "sensitivity": [{**move.data(), "added": added} for move, added in planned.sensitivity.items()], "data": trials.data.sources,
+        "sensitivity": [
+            {**move.data(), "added": [d.added for d in each], "divergence": [d.divergence for d in each]}
+            for move, each in planned.sensitivity.items()
+        ], "data": trials.data.sources,
     }  # fmt: skip
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from layerwise.errors import BadInput
-from layerwise.plan.choice import FAMILIES, How, Plan, choices, previewed, stages
-from layerwise.plan.damage import Damages
+from layerwise.plan.choice import FAMILIES, Choice, How, Plan, choices, previewed, stages
+from layerwise.plan.damage import Damage, Damages
 from layerwise.plan.knapsack import Front, solve
 from layerwise.plan.latency import LayerLatency
 from layerwise.plan.size import LayerBytes, layer_key, model_bytes
@@ -27,7 +27,8 @@ class Candidate:
     """A plan, what is expected of it and what was measured.
 
     Attributes:
-        bytes: of the model. parts: expected damage by family, as if changes did not touch one another. ms: expected latency.
+        bytes: of the model. parts: damage by family that was expected when it was chosen. predicted: of all, as the families were then weighed.
+        ms: expected latency.
         tried_by: the method that brought it up first. loss, added: on the rows that plans are chosen by; added to the model's as it is.
         held_out, held_out_by_batch: on rows that nothing was chosen by. measured_ms: latency. healed: whether it was trained before it was
             rounded and measured.
@@ -36,6 +37,7 @@ class Candidate:
     plan: Plan
     bytes: int
     parts: dict[str, float]
+    predicted: float = 0.0
     ms: float | None = None
     tried_by: str = ""
     loss: float | None = None
@@ -44,10 +46,6 @@ class Candidate:
     held_out_by_batch: list[float] = field(default_factory=list)
     measured_ms: float | None = None
     healed: bool = False
-
-    @property
-    def predicted(self) -> float:
-        return sum(self.parts.values())
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -59,8 +57,10 @@ class Space:
     """All choices of all layers, with their bytes, milliseconds and, once they are known, expected damages.
 
     Attributes:
-        options: of every layer. cost, ms, parts: of layer i and option k, the last by family. outside, outside_ms: of what lies outside the
-            layers, where nothing is changed.
+        options: of every layer. cost, ms: of layer i and option k. outside, outside_ms: of what lies outside the layers, where nothing
+            is changed.
+        parts: what the single changes of an option do, by family. joint: what an option was seen to do, NaN where it was not. excess: how
+            much more than their sum the changes of an option are expected to do. weights: how much the damage of a family counts.
     """
 
     def __init__(
@@ -74,6 +74,9 @@ class Space:
         self.cost = np.zeros((self.depth, len(self.options)), dtype=np.int64)
         self.ms = np.zeros((self.depth, len(self.options)))
         self.parts = np.zeros((self.depth, len(self.options), len(FAMILIES)))
+        self.joint = np.full((self.depth, len(self.options)), np.nan)
+        self.excess = np.ones(len(self.options))
+        self.weights = np.ones(len(FAMILIES))
         kinds = {layer_key(layer): layer for layer in layers}
         at = [list(kinds).index(layer_key(layer)) for layer in layers]
         few = dataclasses.replace(spec, stack=spec.stack.with_layers(list(kinds.values())))
@@ -84,11 +87,36 @@ class Space:
                 self.ms[:, k] = np.array([latency(layer) for layer in after.layers])[at] if latency is not None else 0.0
 
     def expect(self, found: Damages) -> None:
-        """Take every choice to damage as much as its single changes do together."""
+        """Take every choice to damage as much as its single changes do together, and a change no less than milder ones of its kind."""
+        least = {change: np.max([[d.divergence for d in found[c]] for c in milder(change, found)], axis=0) for change in found}
         for k, option in enumerate(self.options):
             for f, names in enumerate(FAMILIES.values()):
                 for name in set(names) & set(option.changes):
-                    self.parts[:, k, f] += found[option.only(name)]
+                    self.parts[:, k, f] += least[option.only(name)]
+
+    def correct(self, chosen: Sequence[int], found: Sequence[Damage]) -> None:
+        """Take notice of what the layers of a candidate do one at a time: changes of one layer need not add up.
+
+        What was measured replaces the sum for that layer and choice. Other choices that make the same kinds of changes are expected to exceed
+        their sums as those that were measured did, all together.
+        """
+        for i, (k, damage) in enumerate(zip(chosen, found, strict=True)):
+            self.joint[i, k] = damage.divergence
+        sums = self.parts.sum(axis=2)
+        for kind in {o.changes for o in self.options if len(o.changes) > 1}:
+            at = np.array([o.changes == kind for o in self.options])
+            seen = ~np.isnan(self.joint[:, at])
+            if seen.any():
+                self.excess[at] = max(self.joint[:, at][seen].sum() / max(sums[:, at][seen].sum(), 1e-9), 1.0)
+
+    def expected(self) -> np.ndarray:
+        """Damage of every layer and option by family (layers, options, families)."""
+        made = self.parts * self.excess[:, None]
+        known = ~np.isnan(self.joint)
+        changed = np.array([[f in o.families for f in FAMILIES] for o in self.options], dtype=float)
+        share = changed / np.maximum(changed.sum(axis=1, keepdims=True), 1)
+        left = np.where(known, self.joint - self.parts.sum(axis=2), 0.0)
+        return np.where(known[:, :, None], np.maximum(self.parts + left[:, :, None] * share, 0.0), made)
 
     def within(self, families: Sequence[str]) -> np.ndarray:
         """Which options take these ways only."""
@@ -97,10 +125,11 @@ class Space:
     def candidate(self, chosen: Sequence[int], tried_by: str) -> Candidate:
         """The candidate of one option a layer."""
         at = (np.arange(self.depth), np.asarray(chosen))
-        parts = dict(zip(FAMILIES, self.parts[at].sum(axis=0).tolist(), strict=True))
+        parts = dict(zip(FAMILIES, self.expected()[at].sum(axis=0).tolist(), strict=True))
+        predicted = float(self.weights @ list(parts.values()))
         ms = self.outside_ms + float(self.ms[at].sum())
         plan = tuple(self.options[k] for k in chosen)
-        return Candidate(plan, self.outside + int(self.cost[at].sum()), parts, ms, tried_by)
+        return Candidate(plan, self.outside + int(self.cost[at].sum()), parts, predicted, ms, tried_by)
 
     def smallest(self, families: Sequence[str]) -> int:
         """Bytes of the smallest model that these ways reach, with a layer left."""
@@ -113,7 +142,6 @@ class Space:
         self,
         families: Sequence[str],
         budget: int,
-        weights: np.ndarray | None = None,
         ms: float | None = None,
         forbidden: tuple[int, int] | None = None,
     ) -> list[int] | None:
@@ -123,9 +151,9 @@ class Space:
         best among plans of its bytes and latency, though one between two multipliers may be passed over.
 
         Args:
-            weights: of the families' damages. forbidden: a layer and an option that it may not take.
+            forbidden: a layer and an option that it may not take.
         """
-        damage = self.parts @ (np.ones(len(FAMILIES)) if weights is None else weights)
+        damage = self.expected() @ self.weights
         damage[:, ~self.within(families)] = np.inf
         if forbidden is not None:
             damage[forbidden] = np.inf
@@ -165,12 +193,17 @@ class Space:
 
     def near(self, families: Sequence[str], chosen: list[int], budget: int, count: int, **limits: Any) -> Iterator[list[int]]:
         """The best plans that differ from a best one: of those without one of its choices the `count` of least expected damage."""
-        weights = limits.get("weights")
-        total = self.parts @ (np.ones(len(FAMILIES)) if weights is None else weights)
+        total = self.expected() @ self.weights
         others = {
             tuple(other) for i, k in enumerate(chosen) if (other := self.best(families, budget, forbidden=(i, k), **limits)) is not None
         }
         yield from (list(o) for o in sorted(others, key=lambda o: (total[np.arange(self.depth), o].sum(), o))[:count])
+
+
+def milder(change: Choice, found: Damages) -> list[Choice]:
+    """The changes of the same field that go no further, and it itself."""
+    (name,) = change.changes
+    return [c for c in found if c.changes == (name,) and getattr(c, name) >= getattr(change, name)]
 
 
 def combinations(families: Sequence[str]) -> list[tuple[str, ...]]:

@@ -14,6 +14,7 @@ from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
 from layerwise.objectives.language import CausalLM
 from layerwise.plan.choice import Choice, How, Plan, Train, applied, stages
+from layerwise.plan.damage import Probe
 from layerwise.plan.latency import Work, milliseconds
 from layerwise.plan.search import Candidate, Space, combinations, learned
 
@@ -58,6 +59,7 @@ class Trials:
         model: Model,
         data: Any,
         space: Space,
+        probe: Probe,
         how: How,
         *,
         rows: int = 256,
@@ -68,7 +70,7 @@ class Trials:
         train: Train | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.model, self.data, self.space, self.how, self.seed = model, data, space, how, seed
+        self.model, self.data, self.space, self.probe, self.how, self.seed = model, data, space, probe, how, seed
         self.rows, self.batch, self.work, self.say = rows, batch, work, say
         self.between, self.train = between, train
         self.whole = mean(self.losses(model, "validation"))
@@ -99,8 +101,11 @@ class Trials:
         key = tuple(chosen)
         if key not in self.tried:
             self.tried[key] = made = self.space.candidate(chosen, tried_by)
-            made.loss = mean(self.losses(self.make(made), "validation"))
+            model = self.make(made)
+            made.loss = mean(self.losses(model, "validation"))
             made.added = made.loss - self.whole
+            layers = iter(model.eval().stack.layers)
+            self.space.correct(chosen, self.probe.of([None if c.drop else next(layers) for c in made.plan]))
             self.say(f"tried {tried_by}: {made.bytes:,} bytes, loss {made.loss:.4f}, expected {self.whole + made.predicted:.4f}")
         return self.tried[key]
 
@@ -168,14 +173,14 @@ class Trials:
         for some in sorted(combinations(families), key=len, reverse=True):
             if len(some) >= len(families) - 1:
                 self._try(self.space.best(some, budget, **limits), COMBINED, found)
-        weights, chosen = None, None
+        chosen = None
         while len(found) < tries:
-            weights = learned(list(self.tried.values()))
-            chosen = self.space.best(families, budget, weights=weights, **limits)
+            self.space.weights = learned(list(self.tried.values()))
+            chosen = self.space.best(families, budget, **limits)
             if not self._try(chosen, COMBINED, found):
                 break
         if chosen is not None and len(found) < tries:
-            for other in self.space.near(families, chosen, budget, tries, weights=weights, **limits):
+            for other in self.space.near(families, chosen, budget, tries, **limits):
                 if len(found) < tries:
                     self._try(other, COMBINED, found)
         return [c for c in found if len(c.families) > 1]

@@ -16,7 +16,11 @@ def write_plan_page(plan: dict[str, Any], out: Path) -> Path:
     """Write the page about the plain data that `layerwise plan` keeps as plan.json."""
     methods = list(dict.fromkeys(name for t in plan["targets"] for name in t["methods"]))
     order = ["combination", *(m for m in methods if m != "combination")]
-    tables = [_sensitivity(plan), *(_layers(t) for t in plan["targets"])]
+    tables = [
+        _sensitivity(plan, "divergence", "Divergence of the predictions"),
+        _sensitivity(plan, "added", "Loss added"),
+        *(_layers(t) for t in plan["targets"]),
+    ]
     place = {"variant": order[0], "seed": "", "stage": "plan"}
     data = {
         "variants": [{"name": name, "colour": i} for i, name in enumerate(order)],
@@ -70,10 +74,10 @@ def _front(plan: dict[str, Any]) -> dict[str, Any]:
     return {"points": points, "line": {"x": x, "y": y}, "targets": [t["target"] for t in plan["targets"]]}
 
 
-def _sensitivity(plan: dict[str, Any]) -> dict[str, Any]:
+def _sensitivity(plan: dict[str, Any], what: str, title: str) -> dict[str, Any]:
     moves = plan["sensitivity"]
-    rows = [[str(i), *(move["added"][i] for move in moves)] for i in range(len(moves[0]["added"]))]
-    return {"title": "Loss added by one change of one layer", "layers": True, "columns": ["layer", *map(_named, moves)], "rows": rows}
+    rows = [[str(i), *(move[what][i] for move in moves)] for i in range(len(moves[0][what]))]
+    return {"title": f"{title} by one change of one layer", "layers": True, "columns": ["layer", *map(_named, moves)], "rows": rows}
 
 
 def _named(move: dict[str, Any]) -> str:
