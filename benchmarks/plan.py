@@ -1,6 +1,6 @@
 """What `layerwise plan` finds for the small language model of the compression systems, over several seeds, beside every single method.
 
-    python benchmarks/plan.py [--sizes 0.5,0.25,0.2,0.16,0.12] [--seeds 0,1,2] [--out DIR]     # writes receipts/plan.json
+    python benchmarks/plan.py [--sizes 0.5,0.2,0.14] [--seeds 0,1,2] [--out DIR]     # writes receipts/plan.json
 
 A seed trains a model (the block that qep, rsq and layerwise-bits share), stores it in bfloat16 as a Hugging Face checkpoint, draws the rows
 that are calibrated on, and is planned for by itself. Differences are paired by seed; the verdict is computed as in every receipt.
@@ -29,10 +29,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", default="0.5,0.25,0.2,0.16,0.12")
+    parser.add_argument("--sizes", default="0.5,0.2,0.14")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tries", type=int, default=6)
+    parser.add_argument("--base", type=Path, default=None, help="run that trained the models already")
     parser.add_argument("--out", type=Path, default=None, help="where models and plans stay")
     given = parser.parse_args()
     seeds, sizes = [int(s) for s in given.seeds.split(",")], [float(s) for s in given.sizes.split(",")]
@@ -46,13 +48,15 @@ def main() -> None:
             "stages": {"pretrain": qep["stages"]["pretrain"]},
             "seeds": seeds,
         }
-        run_job(read_job(job), folder / "base")
+        base = given.base or folder / "base"
+        if given.base is None:
+            run_job(read_job(job), base)
         plans = {}
         for seed in seeds:
-            model = convert_checkpoint(folder / "base" / "models" / "default" / f"seed-{seed}", folder / f"model-{seed}", dtype="bfloat16")
+            model = convert_checkpoint(base / "models" / "default" / f"seed-{seed}", folder / f"model-{seed}", dtype="bfloat16")
             found = plan_model(
                 str(model), targets=sizes, out=folder / f"plan-{seed}", text=qep["data"]["source"], length=qep["data"]["length"],
-                rows=given.rows, tries=given.tries, how=How(), seed=seed, say=print,
+                rows=given.rows, tries=given.tries, how=How(samples=given.samples), seed=seed, say=print,
             )  # fmt: skip
             plans[str(seed)] = plan_data(found)
     write_json(ROOT / "receipts" / "plan.json", receipt(plans))
