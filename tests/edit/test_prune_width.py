@@ -170,6 +170,16 @@ def test_the_table_of_widths_says_what_is_left(text, tmp_path):
     assert found.metrics["kept_share"] == pytest.approx(_weights(pruned) / _weights(model))
 
 
+def test_whole_heads_and_channels_go_as_the_published_pruner_counts_them():
+    widths = widths_of(_model(depth=1).spec.stack)
+    for s in torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist():
+        for heads, channels in ((4, 24), (3, 17), (1, 1)):
+            gone = channels - int(24 * (1 - s))
+            lost = (heads * 6 - int(4 * 6 * (1 - s))) // 6  # floor(n / head_dim), of channels of key/value heads
+            expected = [max(1, heads - max(lost, 0))], [max(1, channels - max(gone, 0))]
+            assert widths.kept([s], [heads], [channels]) == expected
+
+
 def test_never_below_one_head_and_one_channel(text):
     model = _model()
     widths = widths_of(model.spec.stack)

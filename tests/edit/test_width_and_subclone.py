@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import layerwise as lw
+from layerwise.analyze.groups import group_scores
 from layerwise.analyze.importance import neuron_importance
 from layerwise.edit import PREVIEWS
 from layerwise.edit.cloning import kept_blocks
@@ -160,6 +161,16 @@ def test_importance_is_the_mean_absolute_activation_and_finds_large_neurons(text
     assert found.stream.argmax() == 5 and found.ffn[1].argmax() == 7 and found.groups[2].argmax() == 1
     clone = lw.edit.subclone(model, text, width=4)
     assert (clone.embedding.tokens.weight.abs() == 50.0).all(dim=0).any()
+
+
+def test_other_scores_choose_neurons_too(text):
+    model = _model()
+    with torch.no_grad():
+        model.stack.layers[1].ffn.branch.gate.weight[3] *= 50
+    scores = group_scores(model, text, "magnitude")
+    clone = lw.edit.subclone(model, text, ffn_width=6, choose="magnitude", rescale=False)
+    kept = sorted(scores.ffn[1].topk(6).indices.tolist())
+    assert 3 in kept and torch.equal(clone.stack.layers[1].ffn.branch.down.weight, model.stack.layers[1].ffn.branch.down.weight[:, kept])
 
 
 def test_blocks_are_taken_from_the_middle():

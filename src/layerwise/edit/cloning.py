@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from layerwise.analyze.importance import neuron_importance
+from layerwise.analyze.groups import GroupScore, group_scores
 from layerwise.edit.prune.width import cut_spec, cut_width
 from layerwise.errors import BadInput
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.stack.surgery import keep
 
-Choice = Literal["activation", "first"]
+Choice = Literal[GroupScore, "first"]
 Blocks = Literal["ends", "first", "last"]
 
 
@@ -32,6 +32,7 @@ def subclone(
     rescale: bool = True,
     samples: int = 64,
     split: str = "train",
+    seed: int | None = None,
 ) -> Model:
     """The destination model: the most active neurons of fewer layers, with matrices rescaled for the narrower inputs.
 
@@ -39,7 +40,8 @@ def subclone(
         depth, width, kv_heads, ffn_width: of the destination (None: the parent's). Heads keep their size, so kv_heads says how many
             remain (all heads, where none share keys).
         choose: `activation` keeps the neurons with the largest mean absolute activation, one choice for the whole residual stream and
-            one a layer for heads and inner channels; `first` keeps the first ones, whatever they do.
+            one a layer for heads and inner channels; any other score of `layerwise.analyze.groups` may choose instead, and `first` keeps
+            the first ones, whatever they do.
         blocks: layers that are kept: the `first` ones, the `last` ones, or both `ends`, ceil(depth / 2) and floor(depth / 2), which
             takes the removed ones from the middle.
         rescale: see `layerwise.edit.prune.width.cut_width`.
@@ -52,7 +54,7 @@ def subclone(
     """
     spec = preview_subclone(model.spec, depth=depth, width=width, kv_heads=kv_heads, ffn_width=ffn_width, blocks=blocks)
     which = kept_blocks(model.stack.depth, spec.stack.depth, blocks)
-    found = neuron_importance(model, data, samples=samples, split=split) if choose == "activation" else None
+    found = None if choose == "first" else group_scores(model, data, choose, samples=samples, split=split, seed=seed or 0)
     layers: list[Any] = [model.stack.layers[i].spec for i in which]
     destination: Any = spec.stack.layers
 

@@ -52,7 +52,8 @@ def prune_width(
         keep: share of the prunable weights that are left (those of `parts`; embeddings, norms and head are none), or for each layer the
             share of its heads and channels.
         of: keep is a share of this model's, a checkpoint's folder (in a job also `stage:NAME`), and sparsities go on from what the given
-            model has lost since: pruning in stages with training between them. None: of the given one's.
+            model has lost since: pruning in stages with training between them. None: of the given one's, from sparsity 0 (which is how
+            the published code begins every stage; heads then go only in a stage that takes a whole one).
         by: score of heads and channels, see `layerwise.analyze.groups`.
         adapt: score of layers that their sparsities follow, see `layerwise.analyze.scores`; None prunes all layers alike. The paper's are
             `token-modification` (cosine), `euclidean-change` and `manhattan-change`.
