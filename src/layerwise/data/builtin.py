@@ -21,6 +21,7 @@ BUILTIN = {
     "docs-or-code": "layerwise.data.builtin:docs_or_code",
     "docs+code": "layerwise.data.builtin:mixture",
     "digits": "layerwise.data.builtin:digits",
+    "tones": "layerwise.data.builtin:voices",
     "summaries": "layerwise.data.builtin:summaries",
 }
 RECALL = {
@@ -35,10 +36,11 @@ KINDS = {
     "docs-or-code": "text",
     "docs+code": "text",
     "digits": "images",
+    "tones": "sound",
     "summaries": "text",
     **dict.fromkeys(RECALL, "text"),
 }
-LABELLED = ("docs-or-code", "digits")
+LABELLED = ("docs-or-code", "digits", "tones")
 TABLES = {"summaries": ("signature", "summary")}
 """Corpora that are tables, and their columns, for `data.pairs`; they are given as columns and not as `Raw`."""
 
@@ -127,6 +129,15 @@ def summaries() -> dict[str, list[str]]:
                 made["signature"].append(f"{node.name}({ast.unparse(node.args)})")
                 made["summary"].append(text.split("\n")[0].strip())
     return made
+
+
+def voices() -> Raw:
+    """240 synthesized voices of half a second at 8 kHz; the label says whether a pitch falls (0), hardly moves (1) or rises (2)."""
+    from layerwise.data.tones import glide, tones
+
+    made, labels = tones(240, samples=4000, rate=8000), np.asarray(glide(240))
+    waves = [row.astype(np.int16) for row in np.round(np.asarray(made.clamp(-8, 8)) * 4000)]
+    return Raw("sound", "builtin:tones", {"train": Rows(waves=waves, labels=labels)}, 8000)
 
 
 def _library() -> Iterator[Path]:

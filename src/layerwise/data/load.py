@@ -20,6 +20,7 @@ from torch import Tensor
 from layerwise.data.augment import make_augment
 from layerwise.data.pack import packed, padded, paired
 from layerwise.data.raw import Raw, Rows, positions
+from layerwise.data.sound import input_values, padded_waves
 from layerwise.data.sources import check_fit, check_source, read_source, source_identity, tokenizer_file
 from layerwise.data.spec import DataSpec
 from layerwise.data.tokenizer import encoded, for_texts, make_tokenizer, read_tokenizer, special_ids
@@ -40,7 +41,7 @@ class Split:
 
     Attributes:
         arrays: `rows` (n, length) token ids; `lengths` (n,) of padded rows; `images` (n, c, h, w) uint8; `waves`
-            (n, samples) and `mels` (n, bands, frames) of sound; `labels` (n,); of pairs `starts` (n,) of the targets and `tasks` (n,).
+            (n, samples) and `mels` (n, bands, frames) of sound, `samples` (n,) of each recording in int16 waves; `labels` (n,); of pairs `starts` (n,) of the targets and `tasks` (n,).
         boundaries: the end token that separates packed documents, if rows carry segments.
         read: reads the raw texts anew.
     """
@@ -67,7 +68,7 @@ class Split:
         Text: `input_ids` (b, length), with `segment_ids` and `position_ids` where documents are kept apart, or
         `attention_mask` and `labels` for labelled texts. Pairs: `attention_mask`, `prompt_mask` (b, length; 1 = prompt), `labels`
         (b, length; the target's tokens, elsewhere -100) and `tasks` (b,). Images: `pixel_values` (b, c, h, w) in [0, 1] and `labels`. Sound:
-        `input_values` (b, samples) or `input_features` (b, bands, frames).
+        `input_values` (b, samples), of recordings with `attention_mask` (b, samples), or `input_features` (b, bands, frames).
         """
         at = index.numpy()
         made: dict[str, Tensor] = {}
@@ -78,6 +79,10 @@ class Split:
         for name, called in (("waves", "input_values"), ("mels", "input_features")):
             if name in self.arrays:
                 made[called] = torch.from_numpy(self.arrays[name][at])
+        if "samples" in self.arrays:
+            places = torch.arange(made["input_values"].shape[1])
+            mask = made["attention_mask"] = (places < torch.from_numpy(self.arrays["samples"][at])[:, None]).long()
+            made["input_values"] = input_values(made["input_values"], mask)
         if "lengths" in self.arrays:
             places = torch.arange(self.tokens_per_row)
             made["attention_mask"] = (places < torch.from_numpy(self.arrays["lengths"][at])[:, None]).long()
@@ -109,13 +114,13 @@ class Data:
     Attributes:
         train, validation, test: splits; `test` only where the source has one of its own.
         tokenizer, vocab: of text; special token ids where they exist.
-        classes: number of classes of labelled data. channels, size: of images.
+        classes: number of classes of labelled data. channels, size: of images. rate: samples a second of sound.
         sources: name and sha256 of the content used. fingerprint: digest of all that decides the tensors.
         augment: batch -> batch for training, if the spec asks for it.
     """
 
     spec: DataSpec
-    kind: Literal["text", "images"]
+    kind: Literal["text", "images", "sound"]
     train: Split
     validation: Split
     test: Split | None
@@ -126,6 +131,7 @@ class Data:
     classes: int | None = None
     channels: int | None = None
     size: tuple[int, int] | None = None
+    rate: int | None = None
     pad_id: int | None = None
     eos_id: int | None = None
     mask_id: int | None = None
@@ -195,6 +201,10 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
     }
     labels = [rows.labels for rows in splits.values() if rows.labels is not None]
     meta["classes"] = int(max(part.max() for part in labels if len(part))) + 1 if labels else None
+    if raw.kind == "sound":
+        assert raw.rate is not None
+        meta["rate"] = raw.rate
+        return meta, {name: _recordings(rows, spec, raw.rate, name) for name, rows in splits.items()}
     if raw.kind == "images":
         return meta, {name: _images(rows, name) for name, rows in splits.items()}
     train = [*(splits["train"].prompts or []), *(splits["train"].texts or [])]
@@ -207,6 +217,13 @@ def _prepare(spec: DataSpec, data_dir: Path | None) -> tuple[dict[str, Any], dic
         # A trained tokenizer follows from the rest; a file's path does not say what is in it.
         meta["fingerprint"] = digest([meta["fingerprint"], meta["tokenizer"]])
     return meta, {name: _tokens(rows, tokenizer, spec, name, raw.name) for name, rows in splits.items()}
+
+
+def _recordings(rows: Rows, spec: DataSpec, rate: int, name: str) -> dict[str, np.ndarray]:
+    if not len(rows) or rows.waves is None:
+        raise BadInput(f"the {name} split has no recording")
+    waves, lengths = padded_waves(rows.waves, spec.seconds, rate, name)
+    return {"waves": waves, "samples": lengths, **({} if rows.labels is None else {"labels": rows.labels})}
 
 
 def _images(rows: Rows, name: str) -> dict[str, np.ndarray]:
@@ -332,6 +349,7 @@ def _assembled(spec: DataSpec, meta: dict[str, Any], arrays: dict[str, dict[str,
         tokenizer.get_vocab_size() if tokenizer is not None else None, meta["classes"], data_dir=data_dir,
         **{f"{role}_id": i for role, i in special.items()},
     )  # fmt: skip
+    data.rate = meta.get("rate")
     if meta["kind"] == "images":
         shape = arrays["train"]["images"].shape
         data.channels, data.size = shape[1], (shape[2], shape[3])

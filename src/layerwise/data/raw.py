@@ -1,4 +1,4 @@
-"""A source as it was read: texts, prompts with targets, or images with labels, before splitting and tokenizing."""
+"""A source as it was read: texts, prompts with targets, images or recordings, with labels or without, before splitting and tokenizing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import numpy as np
 
 @dataclass
 class Rows:
-    """Documents or images of one split.
+    """Documents, images or recordings of one split.
 
     Attributes:
         texts: documents, or targets where there are prompts. images: (n, c, h, w) uint8. labels: (n,) class numbers, if there are any.
         prompts: what stands before each text. tasks: (n,) number of each prompt's task, in the order of `DataSpec.pairs`.
+        waves: recordings, each (samples,) int16.
     """
 
     texts: list[str] | None = None
@@ -23,9 +24,10 @@ class Rows:
     labels: np.ndarray | None = None
     prompts: list[str] | None = None
     tasks: np.ndarray | None = None
+    waves: list[np.ndarray] | None = None
 
     def __len__(self) -> int:
-        return len(self.texts) if self.texts is not None else len(self.images) if self.images is not None else 0
+        return next((len(rows) for rows in (self.texts, self.images, self.waves) if rows is not None), 0)
 
     def keys(self) -> list[bytes]:
         """The content of each row as bytes, of prompts alone where there are any: what it is split and chosen by.
@@ -36,7 +38,7 @@ class Rows:
             return [t.encode() for t in self.prompts]
         if self.texts is not None:
             return [t.encode() for t in self.texts]
-        return [] if self.images is None else [image.tobytes() for image in self.images]
+        return [row.tobytes() for row in (self.waves if self.waves is not None else [] if self.images is None else self.images)]
 
     def take(self, index: np.ndarray) -> Rows:
         """The rows `index`, in that order."""
@@ -46,16 +48,18 @@ class Rows:
             None if self.labels is None else self.labels[index],
             None if self.prompts is None else [self.prompts[i] for i in index],
             None if self.tasks is None else self.tasks[index],
+            None if self.waves is None else [self.waves[i] for i in index],
         )
 
 
 @dataclass
 class Raw:
-    """What a source holds: `splits` by the source's own names (train, validation, test)."""
+    """What a source holds: `splits` by the source's own names (train, validation, test); `rate` samples a second of sound."""
 
-    kind: Literal["text", "images"]
+    kind: Literal["text", "images", "sound"]
     name: str
     splits: dict[str, Rows]
+    rate: int | None = None
 
     def sha256(self) -> str:
         """Digest of all content, labels and targets included."""

@@ -54,12 +54,12 @@ def check_source(spec: DataSpec, data_dir: Path | None = None) -> None:
 
 
 def check_fit(spec: DataSpec, kind: str, *, labelled: bool) -> None:
-    """Whether the options of a spec mean something for data of a kind (`text` or `images`, with labels or without).
+    """Whether the options of a spec mean something for data of a kind (`text`, `images` or `sound`, with labels or without).
 
     Raises:
         BadInput: one would have no effect; better said than ignored.
     """
-    what = "images" if kind == "images" else "texts with labels" if labelled else "pairs" if spec.pairs else "text without labels"
+    what = kind if kind != "text" else "texts with labels" if labelled else "pairs" if spec.pairs else "text without labels"
     if spec.boundaries and what != "text without labels":
         raise BadInput(f"data.boundaries keeps packed documents apart; {spec.source} has {what}, one a row")
     if spec.shares and not labelled:
@@ -68,8 +68,10 @@ def check_fit(spec: DataSpec, kind: str, *, labelled: bool) -> None:
         raise BadInput(f"data.classes chooses rows by their labels; {spec.source} has {what}")
     if spec.augment is not None and kind != "images":
         raise BadInput(f"data.augment changes images; {spec.source} has {what}")
-    if spec.documents is not None and kind == "images":
-        raise BadInput(f"data.documents counts texts; {spec.source} has images: use data.examples")
+    if spec.documents is not None and kind != "text":
+        raise BadInput(f"data.documents counts texts; {spec.source} has {kind}: use data.examples")
+    if spec.seconds is not None and kind != "sound":
+        raise BadInput(f"data.seconds cuts recordings; {spec.source} has {what}")
     if spec.examples is not None and what in ("text without labels", "pairs"):
         raise BadInput(f"data.examples counts images or texts with labels; {spec.source} has {what}: use data.documents")
 

@@ -9,7 +9,7 @@ from layerwise.errors import BadInput
 from layerwise.stack.spec import FORBID
 from layerwise.table import unknown
 
-COLUMNS = ("text", "image", "label")
+COLUMNS = ("text", "image", "audio", "label")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class DataSpec:
 
     Attributes:
         source: `builtin:docs|code|digits|key-values|lines|needle` ..., `path:FILE_OR_FOLDER`, `hub:NAME[:CONFIG]`, or a named set in the data folder.
-        columns: canonical name (text, image, label) -> the source's column (`{text: body}`).
+        columns: canonical name (text, image, audio, label) -> the source's column (`{text: body}`).
         pairs: task -> columns of its prompt and its target (`{translate: [en, de]}`): each row of the table is a row for each task, its
             loss is on the target alone, and with several tasks the prompt begins with the task's name. Rows longer than `length` are left out.
         tokenizer: for text. length: tokens in a row.
@@ -79,6 +79,7 @@ class DataSpec:
         documents: use so many documents only. examples: use so many training images only, classes evenly.
         boundaries: packed rows carry `segment_ids` and positions that restart with every document.
         augment: random changes to training images.
+        seconds: recordings are cut behind so many (None: the longest is what there is room for).
         seed: of the split and the selection (not of the order of training, which follows the run's seed).
     """
 
@@ -94,6 +95,7 @@ class DataSpec:
     examples: int | None = None
     boundaries: bool = False
     augment: AugmentSpec | None = None
+    seconds: float | None = None
     seed: int = 0
 
     __pydantic_config__ = FORBID
@@ -111,6 +113,8 @@ class DataSpec:
                 raise BadInput(f"shares gives a part [low, high] of [0, 1] for a class number or *; got {key}: [{low}, {high}]")
         if self.pairs and self.columns:
             raise BadInput("data.pairs names the columns of prompts and targets: leave data.columns out")
+        if self.seconds is not None and self.seconds <= 0:
+            raise BadInput(f"seconds must be above 0; it is {self.seconds}")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes) or min(self.classes) < 0):
             raise BadInput(f"classes are at least two different class numbers; got {list(self.classes)}")
         for name in ("documents", "examples"):

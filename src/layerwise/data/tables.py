@@ -11,6 +11,7 @@ import numpy as np
 
 from layerwise.data.images import decoded
 from layerwise.data.raw import Raw, Rows
+from layerwise.data.sound import recordings
 from layerwise.data.spec import DataSpec
 from layerwise.errors import BadInput
 
@@ -43,7 +44,7 @@ def from_tables(name: str, tables: Mapping[str, Any], spec: DataSpec) -> Raw:
     """
     if spec.pairs:
         return Raw("text", name, {split: paired(_named(table, name, spec), spec) for split, table in tables.items()})
-    columns = {canonical: spec.columns.get(canonical, canonical) for canonical in ("text", "image", "label")}
+    columns = {canonical: spec.columns.get(canonical, canonical) for canonical in ("text", "image", "audio", "label")}
     kinds = {split: _kind(table.column_names, columns, spec, name) for split, table in tables.items()}
     kind: Any = next(iter(kinds.values()))
     if len(set(kinds.values())) > 1:
@@ -51,13 +52,18 @@ def from_tables(name: str, tables: Mapping[str, Any], spec: DataSpec) -> Raw:
     labels = _labels({s: list(t[columns["label"]]) for s, t in tables.items() if columns["label"] in t.column_names}, name)
     if labels and (bare := [s for s in tables if s not in labels]):
         raise BadInput(f"{name}: its {bare[0]} split has no column '{columns['label']}', the others do")
-    splits = {}
+    splits, rates = {}, {}
     for split, table in tables.items():
-        if kind == "images":
+        if kind == "sound":
+            waves, rates[split] = recordings(_encoded(table, columns["audio"]), name)
+            splits[split] = Rows(waves=waves, labels=labels.get(split))
+        elif kind == "images":
             splits[split] = Rows(images=decoded(_encoded(table, columns["image"]), name), labels=labels.get(split))
         else:
             splits[split] = _texts(table[columns["text"]], labels.get(split))
-    return Raw(kind, name, splits)
+    if len(set(rates.values())) > 1:
+        raise BadInput(f"{name}: its splits have different sampling rates: {', '.join(f'{s} {r}' for s, r in rates.items())}")
+    return Raw(kind, name, splits, next(iter(rates.values()), None))
 
 
 def reason(error: BaseException) -> str:
@@ -70,14 +76,14 @@ def _kind(have: list[str], columns: dict[str, str], spec: DataSpec, name: str) -
     for canonical, column in spec.columns.items():
         if column not in have:
             raise BadInput(f"data.columns.{canonical}: {name} has no column '{column}'; it has {', '.join(have)}")
-    # A set with both is read as what the spec names.
-    if columns["image"] in have and not ("text" in spec.columns and "image" not in spec.columns):
-        return "images"
-    if columns["text"] in have:
-        return "text"
+    # A set with several is read as what the spec names; else as images, recordings or texts.
+    named = [c for c in ("image", "audio", "text") if c in spec.columns] or ["image", "audio", "text"]
+    for canonical in named:
+        if columns[canonical] in have:
+            return {"image": "images", "audio": "sound", "text": "text"}[canonical]
     example = next(iter(have), "body")
     raise BadInput(
-        f"{name} has neither a text nor an image column but {', '.join(have)}: name it with data.columns, e.g. {{text: {example}}}"
+        f"{name} has neither a text nor an image nor an audio column but {', '.join(have)}: name it with data.columns, e.g. {{text: {example}}}"
     )
 
 
@@ -123,8 +129,9 @@ def _labels(splits: dict[str, list[Any]], name: str) -> dict[str, np.ndarray]:
 def _encoded(table: Any, column: str) -> Any:
     import datasets
 
-    if isinstance(table.features[column], datasets.Image):
-        table = table.cast_column(column, datasets.Image(decode=False))
+    for kind in (datasets.Image, datasets.Audio):
+        if isinstance(table.features[column], kind):
+            table = table.cast_column(column, kind(decode=False))
     return table[column]
 
 

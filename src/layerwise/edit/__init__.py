@@ -42,6 +42,7 @@ EDITS = {
     "settle-routes": "layerwise.edit.routes:settle_routes",
     "shrink-cache": "layerwise.edit.caches:shrink_cache",
     "subclone": "layerwise.edit.cloning:subclone",
+    "wave-front": "layerwise.edit.sound:wave_front",
 }
 
 PREVIEWS = {
@@ -77,6 +78,7 @@ PREVIEWS = {
     "settle-routes": "layerwise.edit.routes:preview_settle",
     "shrink-cache": "layerwise.edit.caches:preview_shrink",
     "subclone": "layerwise.edit.cloning:preview_subclone",
+    "wave-front": "layerwise.edit.sound:preview_wave_front",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,
 so that a job that cannot work is refused before its first stage trains."""

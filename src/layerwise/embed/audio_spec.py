@@ -23,6 +23,7 @@ class WaveSpec:
         mask_vector: a learned vector takes the place of frames hidden by `mask_time_indices`.
         norm: a norm on the sum, with norm_eps; None has none.
         feature_dropout: on the projected frames. dropout: on the result.
+        feature_gradient: what the gradient that reaches the convolutions is multiplied by (0.1 as wav2vec 2.0 and HuBERT are trained).
     """
 
     kind: Literal["wave"] = "wave"
@@ -40,10 +41,13 @@ class WaveSpec:
     norm_eps: float = 1e-5
     feature_dropout: float = 0.0
     dropout: float = 0.0
+    feature_gradient: float = 1.0
 
     __pydantic_config__ = FORBID
 
     def __post_init__(self) -> None:
+        if self.feature_gradient < 0:
+            raise BadInput(f"feature_gradient is >= 0; it is {self.feature_gradient}")
         sizes = (self.channels, self.kernels, self.strides)
         if not self.channels or len({len(s) for s in sizes}) > 1 or min(min(s) for s in sizes) < 1:
             raise BadInput(f"channels, kernels and strides give a positive number for each convolution; got {sizes}")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from layerwise.embed.audio_spec import WaveSpec
 from layerwise.errors import BadInput
 from layerwise.nn.ffn import activation
+from layerwise.nn.gradient import scale_gradient
 from layerwise.nn.norms import fill_norm, make_norm
 
 
@@ -66,7 +67,7 @@ class WaveEmbedding(nn.Module):
         Raises:
             BadInput: waveforms that give no frame, or frames to be hidden by a model without a mask vector.
         """
-        x = self.features(batch["input_values"])
+        x = scale_gradient(self.features(batch["input_values"]), self.spec.feature_gradient)
         x = self.feature_dropout(self.project(x if self.project_norm is None else self.project_norm(x)))
         hidden = batch.get("mask_time_indices")
         if hidden is not None:

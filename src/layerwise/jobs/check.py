@@ -15,6 +15,7 @@ from layerwise.data.load import check_source
 from layerwise.data.tokenizer import SPECIALS
 from layerwise.edit import PREVIEWS
 from layerwise.edit.adapt import Role
+from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.jobs.options import checked_options
@@ -302,14 +303,15 @@ def _shrunk(spec: ModelSpec) -> bool:
 
 
 def _builtin(plan: Plan) -> str | None:
-    """What a built-in corpus consists of, text or images; None for other sources."""
+    """What a built-in corpus consists of, text, images or sound; None for other sources."""
     return KINDS.get(plan.data.source.removeprefix("builtin:")) if plan.data.source.startswith("builtin:") else None
 
 
 def _match_data(spec: ModelSpec, plan: Plan) -> None:
     """Refuse data that the model cannot read, as far as that is known before it is loaded."""
     embedding, data = spec.embedding, plan.data
-    reads, given = "text" if isinstance(embedding, TokenSpec) else "images", _builtin(plan)
+    reads = "text" if isinstance(embedding, TokenSpec) else "sound" if isinstance(embedding, WaveSpec | MelSpec) else "images"
+    given = _builtin(plan)
     if given is not None and given != reads:
         raise BadInput(f"the model reads {reads} but {data.source} is {given}")
     if not isinstance(embedding, TokenSpec):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from layerwise.data.load import Data
+from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
@@ -30,8 +31,14 @@ def filled(spec: ModelSpec, data: Data) -> ModelSpec:
             inputs = data.channels * data.size[0] * data.size[1] if getattr(embedding, "flatten", False) else data.channels
             inputs = embedding.width if isinstance(embedding, StemSpec) else inputs
             stack = dataclasses.replace(stack, inputs=inputs)
-    elif not isinstance(embedding, TokenSpec):
-        raise BadInput(f"the model reads sound but the data is {data.kind}")
+    elif isinstance(embedding, MelSpec):
+        raise BadInput("the model reads log-mel spectrograms; jobs have recordings as waveforms: take an embedding of kind wave")
+    elif isinstance(embedding, WaveSpec):
+        if data.kind != "sound":
+            raise BadInput(f"the model reads sound but the data is {data.kind}")
+        samples = min(split.arrays["waves"].shape[1] for split in (data.train, data.validation))
+        if samples < embedding.least:
+            raise BadInput(f"recordings of {samples} samples give no frame: the model's convolutions need {embedding.least}")
     elif data.kind != "text":
         raise BadInput(f"the model reads text but the data is {data.kind}")
     if head is not None and head.kind in ("classifier", "parameters") and head.classes is None:

@@ -25,6 +25,7 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
     "hidden-distillation": (),
     "logit-distillation": (),
     "masked-lm": (),
+    "masked-units": (),
     "turned-classification": (),
     "router-lm": (),
     "token-router-lm": (),

@@ -352,7 +352,7 @@ def _with_source(name: str, value: Any, job_data: dict[str, Any]) -> Stage:
     stage = _stage(name, {k: v for k, v in value.items() if k not in ("data", "probe")})
     if "probe" in value and stage.kind != "train":
         raise BadInput(f"stages.{name}.probe: only a stage that trains looks at a second data set; give this one data")
-    given = {key: _laid_over(f"stages.{name}.{key}", value[key], job_data) for key in ("data", "probe") if key in value}
+    given = {key: _laid_over(f"stages.{name}.{key}", value[key], job_data) for key in ("data", "probe") if value.get(key) is not None}
     return dataclasses.replace(stage, source=given.get("data"), probe=given.get("probe"))
 
 

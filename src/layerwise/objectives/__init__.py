@@ -10,6 +10,7 @@ OBJECTIVES = {
     "causal-lm": "layerwise.objectives.language:CausalLM",
     "ghn": "layerwise.objectives.ghn:GraphHyperNetwork",
     "router-lm": "layerwise.objectives.routing:RouterLM",
+    "masked-units": "layerwise.objectives.masked_units:MaskedUnits",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
     "distilled-masked-lm": "layerwise.objectives.masked_distill:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",

@@ -18,7 +18,7 @@ from layerwise.models.room import closed
 from layerwise.models.spec import HeadSpec, ModelSpec, TwoTowersSpec
 from layerwise.stack.spec import LayerSpec, StackSpec
 
-TRAINING = {"dropout", "attention_dropout", "feature_dropout", "drop", "norm_gain", "linears", "std", "kind", "added"}
+TRAINING = {"dropout", "attention_dropout", "feature_dropout", "drop", "norm_gain", "feature_gradient", "linears", "std", "kind", "added"}
 """Fields that change how a model is trained but not what it computes."""
 
 
