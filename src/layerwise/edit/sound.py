@@ -24,8 +24,8 @@ def wave_front(model: Model, *, project_norm: bool = False, mask_vector: bool = 
 
     Source: Chang, Yang and Lee 2022, "DistilHuBERT" (arXiv 2110.01900), section 2.3, and its published code.
     """
-    options = {"project_norm": project_norm, "mask_vector": mask_vector, "feature_gradient": feature_gradient}
-    return copy.deepcopy(rebuilt(model, preview_wave_front(model.spec, **options)))
+    spec = preview_wave_front(model.spec, project_norm=project_norm, mask_vector=mask_vector, feature_gradient=feature_gradient)
+    return copy.deepcopy(rebuilt(model, spec))
 
 
 def preview_wave_front(
