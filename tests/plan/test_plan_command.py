@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner, Result
 
 from layerwise.cli import app
@@ -132,6 +133,29 @@ def test_latency_is_measured_where_it_is_asked_for(root: Path, tmp_path: Path) -
     assert found["targets"][0]["plan"]["measured_ms"] > 0 and found["targets"][0]["target_ms"] == 10000
     told = cli(*_plan(root, "fast"), "--target-size", "0.6", "--target-latency", "0.000001", code=2)
     assert "no plan is so fast" in told.output and not (root / "fast").exists()
+
+
+def test_a_checkpoint_of_transformers_of_another_family_is_planned_for(root: Path, tmp_path: Path) -> None:
+    theirs = GPT2LMHeadModel(GPT2Config(vocab_size=262, n_embd=32, n_layer=3, n_head=4, n_positions=32))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "gpt2" / "tokenizer.json").write_bytes((root / "hf" / "tokenizer.json").read_bytes())
+    told = cli(
+        "plan",
+        tmp_path / "gpt2",
+        "--data",
+        f"path:{root / 'prose.txt'}",
+        *FAST,
+        "--target-size",
+        "0.4",
+        "--out",
+        tmp_path / "p",
+        "--apply",
+        tmp_path / "made",
+        "--json",
+    )
+    plan = json.loads(told.stdout)["targets"][0]["plan"]
+    stored = load_file(tmp_path / "made" / "model.safetensors")
+    assert plan["bytes"] == sum(t.numel() * t.element_size() for t in stored.values()) <= 0.4 * theirs.num_parameters() * 4
 
 
 @pytest.mark.parametrize(

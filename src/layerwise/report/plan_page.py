@@ -54,7 +54,7 @@ def write_plan_page(plan: dict[str, Any], out: Path) -> Path:
 def _rows(target: dict[str, Any]) -> list[dict[str, Any]]:
     """Every method's best at a size, the best of them first, those that cannot reach it last."""
     rows = [
-        {"method": name, **(c or {}), "plan": c is not None and c["layers"] == target["plan"]["layers"]}
+        {**(c or {}), "method": name, "plan": c is not None and c["layers"] == target["plan"]["layers"]}
         for name, c in target["methods"].items()
     ]
     return sorted(rows, key=lambda row: row.get("held_out", float("inf")))
