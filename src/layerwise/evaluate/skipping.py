@@ -41,8 +41,8 @@ def token_routing(
 
     Args:
         active: tokens whose feed-forward runs: the router's choice, as in generation; as many drawn at random; or all.
-        share: of active tokens. For the router, its threshold is moved, the same for all layers, to where on `samples` training rows this
-            share would be active, and stays there: a token's decision still looks at nothing but itself. None: the threshold is 0. Random
+        share: of active tokens. For the router, its threshold is moved, the same for all layers, to where on `samples` training rows at
+            most this share is active, and stays there: a token's decision still looks at nothing but itself. None: the threshold is 0. Random
             choices need one.
         seed: of random choices.
 
@@ -97,7 +97,7 @@ def token_routing(
 
 
 def threshold(model: Model, data: Any, share: float, samples: int, batch: int) -> float:
-    """The threshold, one for all layers, at which a share of the tokens of training rows is active.
+    """The lowest threshold, one for all layers, at which no more than a share of the tokens of training rows is active.
 
     Who is active in lower layers moves the logits of upper ones, so it is found by bisection over whole passes.
     """
@@ -116,7 +116,7 @@ def threshold(model: Model, data: Any, share: float, samples: int, batch: int) -
         seen = passed(cut)
         active = sum(int(a) for a in seen.active.values()) / sum(seen.real.values())
         low, high = (cut, high) if active > share else (low, cut)
-    return cut
+    return high
 
 
 class Counting(Routing):
