@@ -214,3 +214,21 @@ def test_prompts_are_moved_to_the_right():
 def test_distances_of_sets_are_jaccards():
     a, b = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 1, 1, 0])
     assert jaccard_distance(a, b) == pytest.approx(2 / 3) and jaccard_distance(a, a) == 0 and jaccard_distance(0 * a, 0 * a) == 0
+
+
+def test_a_real_encoder_is_routed_text_by_text(minilm):
+    base = import_hf(minilm)
+    ids = torch.randint(1000, 20000, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(12) < torch.tensor([12, 7, 9, 3])[:, None]).long()
+    batch = {"input_ids": ids, "attention_mask": mask}
+    open_ = lw.edit.route_layers(base)
+    assert torch.equal(open_(batch).hidden, base(batch).hidden)
+    model = _scattered(lw.edit.route_layers(base, bias=0.0), scale=0.05)
+    runs = decisions(model, batch)
+    assert len({tuple(row) for row in runs.tolist()}) > 1 and runs[:, 0].all() and runs[:, -1].all()
+    with torch.no_grad():
+        made = model(batch).hidden
+        for r, row in enumerate(runs):
+            path = row.nonzero().squeeze(1).tolist()
+            alone = base({"input_ids": ids[r : r + 1], "attention_mask": mask[r : r + 1]}, path=path).hidden[0]
+            torch.testing.assert_close(made[r][mask[r] == 1], alone[mask[r] == 1], rtol=1e-4, atol=1e-5)
