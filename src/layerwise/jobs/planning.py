@@ -55,7 +55,6 @@ class Planned:
     found: list[Best]
     trials: Trials
     sensitivity: Damages
-    families: list[str]
     ms: float | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -98,6 +97,7 @@ def plan_model(
     for folder in (out, apply):
         if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise BadInput(f"{folder} exists already: choose a new folder")
+    targets = list(dict.fromkeys(targets))
     for target in targets:
         if not 0 < target <= 1:
             raise BadInput(f"--target-size is a share of the model's bytes, in (0, 1]; got {target:g}")
@@ -113,6 +113,9 @@ def plan_model(
     levels, notes = possible_levels(model.spec, how)
     families = [family for family, names in FAMILIES.items() if any(name in levels for name in names)]
     work = (work or Work()) if target_ms is not None else None
+    embedding: Any = model.spec.embedding
+    if work is not None and embedding.position == "learned" and work.length >= embedding.max_length:
+        raise BadInput(f"--latency-length {work.length}: this model has {embedding.max_length} positions, and one more token is decoded")
     latency = LayerLatency(model.spec, work, dtype, device) if work is not None else None
     space = Space(model.spec, LayerBytes(dtype), levels, how, latency)
     whole = model_bytes(model.spec, dtype)
@@ -142,11 +145,11 @@ def plan_model(
         trials.hold_out(candidate)
     losses = trials.losses(model, "test")
     planned = Planned(
-        source, whole, (trials.whole, sum(t for t, _ in losses) / sum(c for _, c in losses)), found, trials, sensitivity, families,
+        source, whole, (trials.whole, sum(t for t, _ in losses) / sum(c for _, c in losses)), found, trials, sensitivity,
         milliseconds(model, work) if work is not None else None, [*notes, note],
     )  # fmt: skip
     for best in found:
-        write_file(out / _job_name(best, found), yaml.safe_dump(_job(planned, best, data, length), sort_keys=False, allow_unicode=True))
+        write_file(out / _job_name(best, found), yaml.safe_dump(_job(planned, best, data), sort_keys=False, allow_unicode=True))
     page = plan_data(planned)
     write_json(out / "plan.json", page)
     write_plan_page(page, out / "plan.html")
@@ -215,7 +218,7 @@ def _job_name(best: Best, found: Sequence[Best]) -> str:
     return "plan.yaml" if len(found) == 1 else f"plan-{best.target:g}.yaml"
 
 
-def _job(planned: Planned, best: Best, data: Data, length: int) -> dict[str, Any]:
+def _job(planned: Planned, best: Best, data: Data) -> dict[str, Any]:
     """The plan as a job: the model, its edits, and the loss before and after."""
     source = dataclasses.asdict(data.spec)
     measure = {
@@ -256,7 +259,7 @@ def compared(best: Best) -> dict[str, Any]:
 
 
 def predictions(trials: Trials) -> dict[str, Any]:
-    """How well added-up sensitivities rank what was measured."""
+    """How well what was expected of candidates, when they were chosen, ranks what they lost."""
     points = [(c.predicted, c.added) for c in trials.tried.values() if c.added is not None]
     varied = len({x for x, _ in points}) > 2 and len({y for _, y in points}) > 1
     rank = float(stats.spearmanr(*zip(*points, strict=True)).statistic) if varied else None
@@ -288,7 +291,8 @@ def plan_data(planned: Planned) -> dict[str, Any]:
     return {
         "schema": 1, "model": Path(planned.source).name, "bytes": planned.bytes, "loss": planned.whole[0], "held_out": planned.whole[1],
         "ms": planned.ms, "latency": None if trials.work is None else dataclasses.asdict(trials.work), "how": dataclasses.asdict(trials.how),
-        "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()], "tried": [shown(c) for c in trials.tried.values()],
+        "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()],
+        "tried": [shown(c) for c in trials.tried.values()],
         "prediction": predictions(trials), "notes": planned.notes, "environment": environment(str(trials.model.device)),
         "sensitivity": [
             {**move.data(), "added": [d.added for d in each], "divergence": [d.divergence for d in each]}

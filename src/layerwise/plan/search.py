@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +17,8 @@ from layerwise.plan.knapsack import Front, solve
 from layerwise.plan.latency import LayerLatency
 from layerwise.plan.size import LayerBytes, layer_key, model_bytes
 
-PRIOR = 0.1
-"""Weight of "damages simply add up" against one measured candidate, when it is found out how they do."""
+PRIOR, LEAST = 0.03, 1e-3
+"""Weight of "damages simply add up" against one measured candidate, when it is found out how they do; and nats below which losses are chance."""
 
 
 @dataclass
@@ -206,23 +205,17 @@ def milder(change: Choice, found: Damages) -> list[Choice]:
     return [c for c in found if c.changes == (name,) and getattr(c, name) >= getattr(change, name)]
 
 
-def combinations(families: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every set of at least two of them."""
-    return [c for n in range(2, len(families) + 1) for c in itertools.combinations(families, n)]
-
-
 def learned(measured: Sequence[Candidate]) -> np.ndarray:
     """How much the expected damage of each family counts, by what the candidates measured so far really lost.
 
-    Changes do add up over families, but those of one may hurt each other (two neighbouring layers dropped) or be half forgiven: weights >= 0
-    of least squares of relative errors, drawn towards 1.
+    Damages of one family may hurt each other (two neighbouring layers dropped) or be half forgiven: weights >= 0 of least squares,
+    each candidate's error relative to what it lost or was expected to lose, drawn towards 1.
     """
-    size = len(FAMILIES)
-    rows = [np.array(list(c.parts.values())) / c.added for c in measured if c.added is not None and c.added > 1e-4]
-    scale = max((float(np.abs(r).max()) for r in rows), default=1.0)
-    prior = PRIOR * scale * np.eye(size)
-    left = np.vstack([*rows, prior]) if rows else prior
-    right = np.concatenate([np.ones(len(rows)), PRIOR * scale * np.ones(size)])
+    rows = [(np.array(list(c.parts.values())), c.added) for c in measured if c.added is not None]
+    scales = [max(parts.sum(), added, LEAST) for parts, added in rows]
+    prior = PRIOR * np.eye(len(FAMILIES))
+    left = np.vstack([*(parts / s for (parts, _), s in zip(rows, scales, strict=True)), prior])
+    right = np.concatenate([[added / s for (_, added), s in zip(rows, scales, strict=True)], np.diag(prior)])
     return nnls(left, right)[0]
 
 

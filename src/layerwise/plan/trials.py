@@ -16,7 +16,7 @@ from layerwise.objectives.language import CausalLM
 from layerwise.plan.choice import Choice, How, Plan, Train, applied, stages
 from layerwise.plan.damage import Probe
 from layerwise.plan.latency import Work, milliseconds
-from layerwise.plan.search import Candidate, Space, combinations, learned
+from layerwise.plan.search import Candidate, Space, learned
 
 METHODS = {"drop": "layers dropped", "width": "width", "rank": "low rank", "bits": "bits per layer"}
 EVENLY: dict[str, list[list[str]]] = {"drop": [], "width": [["ffn"], ["heads", "ffn"]], "rank": [["rank"]], "bits": [["bits"]]}
@@ -141,7 +141,8 @@ class Trials:
         """Every single method with as many tries as their combination, and the best of all.
 
         A single method tries the same for all layers, then what should damage least, then plans near it. Combinations first try the best of
-        all families and of all but one; what these lost says how far the families' damages add up, and the next are the best by that.
+        all families, and the best without each of those that it took; what these did says how far damages add up, and the next are
+        the best by that.
         """
         methods: dict[str, Candidate | None] = {}
         limits: dict[str, Any] = {"ms": ms}
@@ -170,10 +171,12 @@ class Trials:
 
     def _combined(self, families: Sequence[str], budget: int, limits: dict[str, Any], tries: int) -> list[Candidate]:
         found: list[Candidate] = []
-        for some in sorted(combinations(families), key=len, reverse=True):
-            if len(some) >= len(families) - 1:
-                self._try(self.space.best(some, budget, **limits), COMBINED, found)
-        chosen = None
+        chosen = self.space.best(families, budget, **limits)
+        self._try(chosen, COMBINED, found)
+        for family in found[0].families if found else ():
+            others = [f for f in families if f != family]
+            if len(others) > 1 and len(found) < tries:
+                self._try(self.space.best(others, budget, **limits), COMBINED, found)
         while len(found) < tries:
             self.space.weights = learned(list(self.tried.values()))
             chosen = self.space.best(families, budget, **limits)
