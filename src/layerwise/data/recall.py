@@ -48,14 +48,15 @@ class Question:
 
 
 def key_values(length: int, texts: int, seed: int) -> Raw:
-    """`q57 k12 ... ?k12 ?q57 `: letters and numbers of two digits; about two thirds of a text are context."""
+    """`q57 k12 ... ?k12 ?q57 `: letters and numbers of two digits, each asked for once; as many as there is room for, 52 at most."""
+    count = min(len(LETTERS), (length - 1) // 9)
+    letters = LETTERS[: max(count, 26)]  # large letters only where the small ones are not enough
 
     def text(draw: random.Random) -> str:
-        most = min(len(LETTERS), 2 * length // 3 // 4)
-        said = [f"{key}{draw.randrange(100):02d} " for key in draw.sample(LETTERS, most)]
+        said = [f"{key}{draw.randrange(100):02d} " for key in draw.sample(letters, count)]
         return _asked("".join(said), said, length, draw)
 
-    return _raw("key-values", text, length, texts, seed, least=24)
+    return _raw("key-values", text, length, texts, seed, least=36)
 
 
 def lines(length: int, texts: int, seed: int) -> Raw:
@@ -101,12 +102,9 @@ def questions(text: str) -> list[Question]:
 
 
 def _asked(context: str, said: list[str], length: int, draw: random.Random) -> str:
-    """The context, and as many questions as there is room for, each statement at most once as long as others are left."""
-    order: list[str] = []
-    room = (length - len(context)) // (1 + len(said[0]))
-    while len(order) < room:
-        order += draw.sample(said, len(said))
-    return context + "".join(ASKED + statement for statement in order[:room])
+    """The context, and questions for as many of its statements as there is room for."""
+    room = (length - 1 - len(context)) // (1 + len(said[0]))
+    return context + "".join(ASKED + statement for statement in draw.sample(said, min(room, len(said))))
 
 
 def _raw(name: str, text: Callable[[random.Random], str], length: int, texts: int, seed: int, least: int) -> Raw:

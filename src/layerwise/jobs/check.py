@@ -44,6 +44,7 @@ NEEDS_HEAD = {
     "composition": "lm",
     "causal-lm": "lm",
     "recall": "lm",
+    "answers": "lm",
     "masked-lm": "lm",
     "distilled-masked-lm": "lm",
     "language-modeling": "lm",
@@ -70,6 +71,7 @@ NEEDS_HEAD = {
 CAUSAL = (
     "causal-lm",
     "recall",
+    "answers",
     "language-modeling",
     "layer-drop",
     "block-drop",
@@ -282,9 +284,9 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput(f"{what} reads text; this model reads images")
     if stage.what == "continuation" and not plan.data.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
-    if stage.what == "recall" and _builtin(plan) is not None and plan.data.source.removeprefix("builtin:") not in RECALL:
+    if stage.what in ("recall", "answers") and _builtin(plan) is not None and plan.data.source.removeprefix("builtin:") not in RECALL:
         raise BadInput(
-            f"recall asks questions about texts, and {plan.data.source} holds none: set data.source to builtin:{', builtin:'.join(RECALL)}"
+            f"{stage.what} needs texts that ask something, and {plan.data.source} asks nothing: set data.source to builtin:{', builtin:'.join(RECALL)}"
         )
     if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{what} needs data with labels; {plan.data.source} has none")

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 TRAINING = ("train_loss",)
 EXPORT = ("export_bytes",)
 OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "answers": (),
     "cache-reconstruction": ("key_error", "value_error"),
     "causal-lm": (),
     "classification": (),
@@ -52,6 +53,7 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "angular-distance": ("angular_distance_mean", "angular_distance_deep"),
     "attention-entropy": ("attention_entropy",),
     "bits-curve": ("curve_loss", "curve_added"),
+    "cache-spectrum": ("key_lost_half", "key_lost_80", "value_lost_half", "value_lost_80"),
     "block-drop": ("block_loss", "block_loss_added"),
     "block-sweep": ("whole_loss", "angular_regret_mean"),
     "gradient-norms": ("grad_norm_variation",),

@@ -1,6 +1,7 @@
 """What a model is trained for: `objective(model, batch, generator) -> Loss`."""
 
 OBJECTIVES = {
+    "answers": "layerwise.objectives.answers:Answers",
     "cache-reconstruction": "layerwise.objectives.cache:CacheReconstruction",
     "deep-supervision": "layerwise.objectives.deep_supervision:DeepSupervision",
     "forward-forward": "layerwise.objectives.forward_forward:ForwardForward",
