@@ -29,7 +29,9 @@ def test_lost_shares_are_those_of_the_singular_values() -> None:
         weight.copy_(weight[:, :2] @ weight[:2])
     ids = torch.randint(40, (6, 20), generator=torch.Generator().manual_seed(0))
     kept: list[torch.Tensor] = []
-    hooks = [layer.mixer.branch.k.register_forward_hook(lambda _m, _g, made: kept.append(made.flatten(0, 1))) for layer in model.stack.layers]
+    hooks = [
+        layer.mixer.branch.k.register_forward_hook(lambda _m, _g, made: kept.append(made.flatten(0, 1))) for layer in model.stack.layers
+    ]
     with torch.no_grad():
         model({"input_ids": ids})
     for hook in hooks:

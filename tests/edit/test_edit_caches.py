@@ -150,6 +150,14 @@ def test_decoders_from_elsewhere(family: str, tmp_path: Path) -> None:
     assert lw.generate(less, ids, new=20).shape == (2, 40)
 
 
+def test_layers_with_a_window_keep_the_newest() -> None:
+    """What they never look at is not kept; as the window of attention is kept whole, nothing is lost there."""
+    model, ids = _model(window=6), _ids(2, 20)
+    made = lw.edit.evict_cache(model, kind="heavy", window=4, heavy=4)
+    assert [layer.cache.kind for layer in made.spec.stack.layers] == ["recent", "recent"]
+    assert torch.equal(lw.generate(made, ids, new=20), lw.generate(model, ids, new=20))
+
+
 def test_refused() -> None:
     thin = lw.edit.shrink_cache(_model(), density=0.5, start="svd")
     with pytest.raises(BadInput, match="already"):

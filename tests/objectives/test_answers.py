@@ -19,7 +19,9 @@ def test_labels_are_the_answers(kind: str) -> None:
     for row, text in zip(labels, data.documents("train"), strict=True):
         wanted = [i for q in questions(text) for i in range(q.answer, q.end)]
         assert (row != -100).nonzero().squeeze(1).tolist() == wanted
-    model = lw.load("decoder", embedding={"vocab": 262}, stack={"depth": 1, "width": 16, "layer": {"causal": True, "heads": 2, "ffn_width": 16}})
+    model = lw.load(
+        "decoder", embedding={"vocab": 262}, stack={"depth": 1, "width": 16, "layer": {"causal": True, "heads": 2, "ffn_width": 16}}
+    )
     loss = objective(model, rows)
     logits = model(rows).logits[:, :-1].float()
     there = labels[:, 1:] != -100

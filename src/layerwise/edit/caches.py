@@ -117,15 +117,21 @@ def evict_cache(model: Model, *, kind: Literal["recent", "heavy"] = "recent", wi
 
     Args:
         kind: `recent` keeps the first `sinks` positions and the newest `window` (Xiao et al. 2023, "StreamingLLM"); `heavy` keeps, for
-            every head, the `heavy` most attended positions and the newest `window` (Zhang et al. 2023, "H2O").
+            every head, the `heavy` most attended positions and the newest `window` (Zhang et al. 2023, "H2O"). A layer that only looks
+            through a window keeps as many of the newest instead.
     """
     return rebuilt(model, preview_evict(model.spec, kind=kind, window=window, sinks=sinks, heavy=heavy))
 
 
 def preview_evict(spec: ModelSpec, *, kind: Literal["recent", "heavy"], window: int, sinks: int, heavy: int, **_: Any) -> ModelSpec:
     """What `evict_cache` makes of a model's description."""
-    cache = CacheSpec(kind, window=window, sinks=sinks, heavy=heavy)
-    return _with_caches(spec, lambda layer: dataclasses.replace(layer, cache=cache), "evict-cache")
+    chosen = CacheSpec(kind, window=window, sinks=sinks, heavy=heavy)
+    newest = CacheSpec("recent", window=window + heavy, sinks=0)
+
+    def evicting(layer: LayerSpec) -> LayerSpec:
+        return dataclasses.replace(layer, cache=newest if kind == "heavy" and layer.window is not None else chosen)
+
+    return _with_caches(spec, evicting, "evict-cache")
 
 
 def quantize_cache(model: Model, *, bits: int = 4, group: int | None = None) -> Model:
