@@ -7,7 +7,10 @@ import pytest
 import tokenizers
 import torch
 
+from layerwise.data.load import load_data
+from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.edit.expansion import expand
+from layerwise.edit.quantization.quantize import quantize
 from layerwise.errors import BadInput
 from layerwise.infer.sentences import sentence_embeddings
 from layerwise.jobs.api import run
@@ -71,3 +74,19 @@ def test_the_example_job_drops_a_layer_heals_and_exports(minilm, tmp_path):
     assert 0 < receipt.metrics["angular"]["dropped.cosine"]["0"] < 1
     back = transformers.AutoModel.from_pretrained(tmp_path / "run" / "exports" / "angular" / "seed-0")
     assert back.config.num_hidden_layers == 5
+
+
+def test_its_sentence_vectors_stay_where_they_are_in_8_and_4_bits_and_gptq_keeps_them_closer_than_rounding(minilm):
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    model = import_hf(minilm)
+    texts = load_data(DataSpec(source="builtin:docs", documents=60, length=64, tokenizer=TokenizerSpec("file", path=str(minilm))))
+    whole = sentence_embeddings(model, tokenizer, SENTENCES)
+    near: dict[tuple[int, str], float] = {}
+    for bits, method in ((8, "rtn"), (4, "rtn"), (3, "rtn"), (4, "gptq"), (3, "gptq")):
+        packed = quantize(model, texts, bits=bits, method=method, samples=32, batch=16)
+        assert packed.stack.layers[0].ffn.branch.up.base.codes.nbytes == 384 * 1536 * bits // 8
+        made = sentence_embeddings(packed, tokenizer, SENTENCES)
+        near[bits, method] = torch.nn.functional.cosine_similarity(made, whole).mean().item()
+    print({key: round(value, 4) for key, value in near.items()})
+    assert near[8, "rtn"] > 0.999 and near[4, "gptq"] > 0.95
+    assert near[8, "rtn"] > near[4, "gptq"] > near[3, "gptq"] > near[3, "rtn"] and near[4, "gptq"] > near[4, "rtn"]

@@ -194,12 +194,12 @@ def _quantize_layer(index: int, layer: Any, bits: int, state: _State) -> Quantiz
             branch = getattr(work, side).branch
             linears = {role: m for role in roles if (m := getattr(branch, role, None)) is not None}
             moments = _moments(index, work, original, side, next(iter(linears)), weights, state) if recipe.calibrates else None
-            for role, linear in linears.items():
-                if isinstance(linear, LowRank):
-                    codes[side, f"{role}.factor_a"], codes[side, f"{role}.factor_b"] = _rounded_factors(linear, bits, moments, recipe)
-                    continue
-                codes[side, role] = made = _rounded(linear, role, bits, moments, recipe)
-                linear.weight.data = made[1].values(made[0]).to(linear.weight.dtype)
+            thin = {role: m for role, m in linears.items() if isinstance(m, LowRank)}
+            for role, linear in thin.items():
+                codes[side, f"{role}.factor_a"], codes[side, f"{role}.factor_b"] = _rounded_factors(linear, bits, moments, recipe)
+            for role, made in _rounded({r: m for r, m in linears.items() if r not in thin}, bits, moments, recipe).items():
+                codes[side, role] = made
+                linears[role].weight.data = made[1].values(made[0]).to(linears[role].weight.dtype)
     lost, whole = 0.0, 0.0
     for i, ctx in enumerate(state.contexts):
         state.quantized[i] = x = work(state.quantized[i], ctx, (index, 0))
@@ -210,11 +210,17 @@ def _quantize_layer(index: int, layer: Any, bits: int, state: _State) -> Quantiz
     return Quantized(codes, work, lost / whole if state.full is not None and whole else None)
 
 
-def _rounded(linear: Any, role: str, bits: int, moments: Moments | None, recipe: Recipe) -> Codes:
-    weight = linear.weight.detach().float()
-    if moments is not None and recipe.propagate and (role != "down" or recipe.propagate_down):
+def _rounded(linears: dict[str, Any], bits: int, moments: Moments | None, recipe: Recipe) -> dict[str, Codes]:
+    """The matrices of a group, rounded as one: they read the same inputs, and rows do not see each other."""
+    if not linears:
+        return {}
+    rows = [len(m.weight) for m in linears.values()]
+    weight = torch.cat([m.weight.detach().float() for m in linears.values()])
+    if moments is not None and recipe.propagate and ("down" not in linears or recipe.propagate_down):
         weight = corrected(weight, moments.hessian, moments.cross, recipe.propagate, recipe.propagate_damping)
-    return _nearest(weight, bits, None if moments is None else moments.hessian, recipe)
+    codes, grid = _nearest(weight, bits, None if moments is None else moments.hessian, recipe)
+    parts = zip(linears, codes.split(rows), grid.scales.split(rows), grid.zeros.split(rows), strict=True)
+    return {role: (part, dataclasses.replace(grid, scales=s, zeros=z)) for role, part, s, z in parts}
 
 
 def _rounded_factors(linear: LowRank, bits: int, moments: Moments | None, recipe: Recipe) -> tuple[Codes, Codes]:
@@ -243,23 +249,36 @@ def _moments(index: int, work: Any, original: Any, side: str, role: str, weights
     linear = getattr(getattr(work, side).branch, role)
     moments = Moments(linear.in_features, next(linear.parameters()).device)
     for i, ctx in enumerate(state.contexts):
-        x = read_by(work, state.quantized[i], ctx, index, linear)
+        (x,) = read_by(work, state.quantized[i], ctx, index, linear)
         full = None
         if state.recipe.propagate and state.full is not None:
-            full = read_by(original, state.full[i], ctx, index, getattr(getattr(original, side).branch, role))
+            (full,) = read_by(original, state.full[i], ctx, index, getattr(getattr(original, side).branch, role))
         moments.add(x, _real_weights(x, ctx) if weights is None else weights[i], full)
     return moments
 
 
-def read_by(layer: Any, x: Tensor, ctx: Context, index: int, linear: nn.Module) -> Tensor:
-    """What one linear of a layer reads when the layer runs on `x`."""
-    seen: list[Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+class _Seen(Exception):
+    """All that was to be seen of a layer has been."""
+
+
+def read_by(layer: Any, x: Tensor, ctx: Context, index: int, *linears: nn.Module) -> list[Tensor]:
+    """What some linears of a layer read when the layer runs on `x`; it runs no further than to the last of them."""
+    seen: dict[nn.Module, Tensor] = {}
+
+    def see(module: nn.Module, given: tuple[Tensor]) -> None:
+        seen[module] = given[0]
+        if len(seen) == len(linears):
+            raise _Seen
+
+    handles = [linear.register_forward_pre_hook(see) for linear in linears]
     try:
         layer(x, ctx, (index, 0))
+    except _Seen:
+        pass
     finally:
-        handle.remove()
-    return seen[0]
+        for handle in handles:
+            handle.remove()
+    return [seen[linear] for linear in linears]
 
 
 def _real(x: Tensor, ctx: Context) -> Tensor | None:
@@ -289,10 +308,11 @@ def _magnitudes(index: int, layer: Any, state: _State) -> tuple[dict[str, Tensor
     moments = {role: Moments(m.in_features, m.weight.device) for role, m in linears.items()}
     sizes = {role: torch.zeros(m.in_features, device=m.weight.device) for role, m in linears.items()}
     for i, ctx in enumerate(state.contexts):
-        for role, linear in linears.items():
-            x = read_by(layer, state.quantized[i], ctx, index, linear)
-            moments[role].add(x, _real_weights(x, ctx))
-            sizes[role] += x.float().abs().flatten(0, -2).sum(dim=0)
+        for role, x in zip(linears, read_by(layer, state.quantized[i], ctx, index, *linears.values()), strict=True):
+            real = _real_weights(x, ctx)
+            moments[role].add(x, real)
+            size = x.float().abs() if real is None else x.float().abs() * real[..., None]
+            sizes[role] += size.flatten(0, -2).sum(dim=0)
     return {role: m.hessian for role, m in moments.items()}, {role: s / s.mean() for role, s in sizes.items()}
 
 

@@ -47,31 +47,32 @@ def gptq(
     size = width if group is None else group
     order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(width, device=w.device)
     static = find_grid(w, bits, size, symmetric=symmetric, clip=clip, stored=stored) if act_order or size >= width else None
-    w, h = w[:, order], h[order][:, order]
+    # Turned around, so that the numbers of a column, which are rounded together, lie side by side.
+    w, h = w.t()[order].contiguous(), h[order][:, order]
     factor = _factor(h, damping)
-    scales = [] if static is None else [static.scales]
-    zeros = [] if static is None else [static.zeros]
+    pivots, of = torch.diagonal(factor).tolist(), (order // size).tolist()
+    scales = [] if static is None else list(static.scales.t().contiguous())
+    zeros = [] if static is None else list(static.zeros.t().contiguous())
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
     block = BLOCK if static is not None else math.gcd(size, BLOCK) if size > BLOCK else size
     for start in range(0, width, block):
         end = min(start + block, width)
         if static is None and start % size == 0:
-            made = find_grid(w[:, start : start + size], bits, None, symmetric=symmetric, clip=clip, stored=stored)
-            scales.append(made.scales)
-            zeros.append(made.zeros)
-        part, local = w[:, start:end], factor[start:end, start:end]
+            made = find_grid(w[start : start + size].t(), bits, None, symmetric=symmetric, clip=clip, stored=stored)
+            scales.append(made.scales[:, 0])
+            zeros.append(made.zeros[:, 0])
+        part, local = w[start:end], factor[start:end, start:end]
         errors = torch.empty_like(part)
         for i in range(end - start):
-            at = int(order[start + i]) // size if static is not None else -1
-            s, z = (scales[0][:, at], zeros[0][:, at]) if static is not None else (scales[-1][:, 0], zeros[-1][:, 0])
-            code = (torch.round(part[:, i] / s) + z).clamp(0, 2**bits - 1)
-            codes[:, start + i] = code.to(torch.uint8)
-            errors[:, i] = (part[:, i] - s * (code - z)) / local[i, i]
-            part[:, i:].addr_(errors[:, i], local[i, i:], alpha=-1)
-        w[:, end:] -= errors @ factor[start:end, end:]
+            s, z = scales[of[start + i]], zeros[of[start + i]]
+            code = (part[i] / s).round_().add_(z).clamp_(0, 2**bits - 1)
+            codes[start + i] = code
+            torch.sub(part[i], code.sub_(z).mul_(s), out=errors[i]).div_(pivots[start + i])
+            part[i:].addr_(local[i, i:], errors[i], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     stored_codes = torch.empty_like(codes)
-    stored_codes[:, order] = codes
-    return stored_codes, Grid(torch.cat(scales, dim=1), torch.cat(zeros, dim=1), bits, size)
+    stored_codes[order] = codes
+    return stored_codes.t().contiguous(), Grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1), bits, size)
 
 
 def _factor(h: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
