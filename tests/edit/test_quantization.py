@@ -18,8 +18,8 @@ from layerwise.edit.quantization.engine import Recipe, calibration_rows, enter, 
 from layerwise.edit.quantization.gptq import gptq, rtn
 from layerwise.edit.quantization.moments import Moments, corrected
 from layerwise.edit.quantization.rotation import hadamard, orthogonal, rotated
-from layerwise.edit.quantization.scaling import scale_layer
-from layerwise.edit.quantization.tokens import attention_received, token_weights
+from layerwise.edit.quantization.scaling import best_scale, scale_layer
+from layerwise.edit.quantization.tokens import attention_received, token_scores, token_weights
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.presets import preset
@@ -535,3 +535,33 @@ def test_the_correction_gives_the_numbers_of_its_authors_code():
     made = corrected(w, moments.hessian, moments.cross, golden["strength"], golden["damping"])
     torch.testing.assert_close(made, torch.tensor(golden["corrected"]), atol=1e-5, rtol=1e-4)
     assert (made - w).abs().max() > 1e-3
+
+
+def test_tokens_and_their_moments_weigh_what_the_authors_code_of_rsq_makes_of_them():
+    golden = _golden("rsq")
+    _, x = _formulas()
+    rows = x.view(4, 24, 32)
+    at = torch.arange(2 * 24 * 24, dtype=torch.float64).view(1, 2, 24, 24)
+    seen = (3 * torch.sin(at * 0.7 + 0.2 * at.sqrt())).float().masked_fill(torch.ones(24, 24).triu(1).bool(), -1e9).softmax(dim=-1)
+    frequency = torch.tensor([(7 * i * i) % 13 for i in range(24)])
+    changed = rows[:1] + 0.3 * torch.sin(5 * rows[:1])
+    for kind, expected in golden["weights"].items():
+        scores = seen.sum(dim=(1, 2))
+        if kind != "attention":
+            scores = token_scores(kind, lambda *_: changed, rows[:1], None, 0, torch.arange(24)[None], frequency, G)
+        made = token_weights(scores, floor=0.0 if kind == "first" else golden["floor"])
+        torch.testing.assert_close(made[0], torch.tensor(expected), atol=2e-5, rtol=1e-5)
+    moments = Moments(32)
+    moments.add(rows, token_weights(rows.norm(dim=-1), floor=golden["floor"]))
+    torch.testing.assert_close(moments.hessian[[3, 17]], torch.tensor(golden["hessian_rows"]), atol=2e-4, rtol=1e-4)
+
+
+def test_awq_finds_the_scales_that_its_authors_code_finds_for_one_matrix():
+    _, x = _formulas()
+    x = x * torch.linspace(0.2, 3, 32)[torch.arange(32) * 7 % 32]
+    at = torch.arange(32 * 32, dtype=torch.float64)
+    w = torch.sin(at * 1.7 + 0.3 * at.sqrt()).view(32, 32).float()
+    for case in _golden("awq")["cases"]:
+        weight = w.t() if case["turned"] else w
+        made = best_scale([weight], x.t() @ x, x.abs().mean(dim=0), bits=case["bits"], group=case["group"], stored=torch.float32)
+        torch.testing.assert_close(made, torch.tensor(case["scales"]), atol=2e-5, rtol=1e-5)

@@ -76,17 +76,16 @@ def test_the_example_job_drops_a_layer_heals_and_exports(minilm, tmp_path):
     assert back.config.num_hidden_layers == 5
 
 
-def test_its_sentence_vectors_stay_where_they_are_in_8_and_4_bits_and_gptq_keeps_them_closer_than_rounding(minilm):
+def test_its_sentence_vectors_stay_where_they_are_in_8_and_4_bits_and_less_in_3(minilm):
     tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
     model = import_hf(minilm)
     texts = load_data(DataSpec(source="builtin:docs", documents=60, length=64, tokenizer=TokenizerSpec("file", path=str(minilm))))
     whole = sentence_embeddings(model, tokenizer, SENTENCES)
     near: dict[tuple[int, str], float] = {}
     for bits, method in ((8, "rtn"), (4, "rtn"), (3, "rtn"), (4, "gptq"), (3, "gptq")):
-        packed = quantize(model, texts, bits=bits, method=method, samples=32, batch=16)
+        packed = quantize(model, texts, bits=bits, method=method, group=64, samples=16, batch=16)
         assert packed.stack.layers[0].ffn.branch.up.base.codes.nbytes == 384 * 1536 * bits // 8
         made = sentence_embeddings(packed, tokenizer, SENTENCES)
         near[bits, method] = torch.nn.functional.cosine_similarity(made, whole).mean().item()
-    print({key: round(value, 4) for key, value in near.items()})
-    assert near[8, "rtn"] > 0.999 and near[4, "gptq"] > 0.95
-    assert near[8, "rtn"] > near[4, "gptq"] > near[3, "gptq"] > near[3, "rtn"] and near[4, "gptq"] > near[4, "rtn"]
+    assert near[8, "rtn"] > 0.999 and near[4, "gptq"] > near[4, "rtn"] > 0.94 and near[3, "gptq"] > 0.8
+    assert near[4, "rtn"] > near[3, "rtn"] and near[4, "gptq"] > near[3, "gptq"]
