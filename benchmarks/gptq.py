@@ -73,7 +73,7 @@ def prepare(folder: Path, given: argparse.Namespace) -> None:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=given.width, intermediate_size=given.width * 11 // 4, num_hidden_layers=given.depth,
+        vocab_size=1024, hidden_size=given.width, intermediate_size=3 * given.width, num_hidden_layers=given.depth,
         num_attention_heads=given.width // 64, num_key_value_heads=given.width // 64, max_position_embeddings=2048, initializer_range=0.04,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder / "model")

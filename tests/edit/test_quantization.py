@@ -4,6 +4,7 @@ The numbers in names are those of the checks that the methods' descriptions ask 
 """
 
 import copy
+import itertools
 import json
 from pathlib import Path
 
@@ -122,6 +123,14 @@ def test_rsq_6_with_correlated_inputs_gptq_has_less_error_than_rtn():
         (a, g), (b, r) = gptq(W, H, bits), rtn(W, bits)
         errors = [((grid.values(codes) - W) @ H * (grid.values(codes) - W)).sum() for codes, grid in ((a, g), (b, r))]
         assert errors[0] < 0.8 * errors[1]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_has_less_error_than_rtn_in_groups_in_order_and_on_symmetric_grids(bits):
+    for group, act_order, symmetric in itertools.product((None, 8), (False, True), (False, True)):
+        made = gptq(W, H, bits, group, act_order=act_order, symmetric=symmetric)
+        errors = [((g.values(c) - W) @ H * (g.values(c) - W)).sum() for c, g in (made, rtn(W, bits, group, symmetric=symmetric))]
+        assert errors[0] < 0.9 * errors[1]
 
 
 def test_inputs_that_never_occur_are_rounded_to_zero():

@@ -167,7 +167,7 @@ def enter(model: Model, rows: dict[str, Tensor]) -> tuple[Tensor, Context]:
         return x
 
     model(rows, path=[0], around=(catch,))
-    return caught[0]
+    return caught.pop()  # the context knows `catch`, which would keep the activations
 
 
 @dataclass
