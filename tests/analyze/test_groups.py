@@ -111,6 +111,8 @@ def test_scores_have_one_number_a_group_and_random_is_the_seeds(text):
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(BadInput, match="groups are scored by"):
         group_scores(model, text, "taste")
+    with pytest.raises(BadInput, match="frozen or packed"):
+        group_scores(model.requires_grad_(False), text, "taylor")
 
 
 def test_the_table_says_how_the_scores_are_spread(text):

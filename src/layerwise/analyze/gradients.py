@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerwise.analyze.findings import Findings, Table
+from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, split_of
 from layerwise.objectives import OBJECTIVES
 from layerwise.stack.depth import depth_of
