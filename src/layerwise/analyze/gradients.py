@@ -106,7 +106,12 @@ def mean_gradients(
     Args:
         names: of the parameters. Those that the loss does not depend on get zeros.
         absolute: average the gradients' absolute values.
+
+    Raises:
+        BadInput: there are none.
     """
+    if not names:
+        raise BadInput("scores by gradients need parameters that are trained; all of this model's are frozen or packed")
     loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
     generator = torch.Generator(device=model.device).manual_seed(0)  # type: ignore[arg-type]
     wanted = {n: p for n, p in model.named_parameters() if n in names}
