@@ -8,7 +8,7 @@ import torch
 import layerwise as lw
 from layerwise.edit.adapt import lora, merge_lora, preview_lora
 from layerwise.edit.drop import choose_block, drop_layers, preview_drop
-from layerwise.edit.linears import preview_merge
+from layerwise.edit.linears import merge, preview_merge, quantize_nf4
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.infer.generate import generate
@@ -133,6 +133,21 @@ def test_fresh_lora_changes_nothing_and_trains_only_itself(text, targets):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters()), "the base is untouched"
     assert all(torch.equal(p, before[n]) for n, p in adapted.named_parameters() if n in before)
     assert not torch.equal(adapted({"input_ids": IDS}).logits, model({"input_ids": IDS}).logits)
+
+
+def test_healing_in_four_bits_starts_where_the_pruned_model_stood_and_trains_feed_forward_terms_only(text):
+    """Card 029, check 6, as QLoRA heals: drop, pack in NF4, attach, train."""
+    cut = drop_layers(_model(), layers=[1, 2])
+    packed = quantize_nf4(cut)
+    healed = lora(packed, rank=2)
+    dense = merge(packed)({"input_ids": IDS}).logits
+    assert torch.equal(healed({"input_ids": IDS}).logits, packed({"input_ids": IDS}).logits)
+    torch.testing.assert_close(packed({"input_ids": IDS}).logits, dense, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(dense, cut({"input_ids": IDS}).logits)
+    before = {n: t.clone() for n, t in healed.state_dict().items()}
+    train(healed, text, TrainSpec("causal-lm", steps=3, batch=4))
+    moved = {n for n, t in healed.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved == {f"stack.layers.{i}.ffn.branch.{t}.lora_{x}" for i, t, x in itertools.product(range(3), ("gate", "up", "down"), "ab")}
 
 
 def test_merging_gives_the_same_outputs_and_a_plain_model(text, tmp_path):

@@ -1,6 +1,7 @@
 """Matrices in the GPTQ format: written, read, decoded by bits with nothing of ours, and refused where they are damaged."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,6 +195,19 @@ def test_checkpoints_in_act_order_hold_what_their_bits_and_index_say(bits, secon
     tuned = lw.edit.lora(model, rank=2, targets=["q"])
     with torch.no_grad():
         assert torch.equal(tuned({"input_ids": IDS}).logits, model({"input_ids": IDS}).logits)
+
+
+def test_a_matrix_that_gptqmodel_made_in_act_order_is_what_gptqmodel_makes_of_it(tmp_path):
+    golden = json.loads((Path(__file__).parents[1] / "golden" / "gptqmodel.json").read_text())
+    random_model(*FAMILIES["llama"]).save_pretrained(tmp_path / "theirs")
+    _in_act_order(tmp_path / "theirs", golden["bits"], golden["group"], second=False)
+    tensors = load_file(tmp_path / "theirs" / "model.safetensors")
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        name = f"model.layers.1.self_attn.k_proj.{part}"
+        tensors[name] = torch.tensor(golden[part], dtype=tensors[name].dtype)
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors", metadata={"format": "pt"})
+    made = lw.load(tmp_path / "theirs").stack.layers[1].mixer.branch.k.materialize()
+    torch.testing.assert_close(made[:8], torch.tensor(golden["dequantized"]), atol=1e-5, rtol=1e-3)  # theirs is in float16
 
 
 def test_a_zero_of_0_less_one_borrows_from_the_next_number_and_comes_back():
