@@ -26,7 +26,6 @@ WIDE = {**SMALL, "vocab_size": 262, "hidden_size": 64, "intermediate_size": 96, 
 LONG = {"max_position_embeddings": 64}
 FAMILIES = {
     "llama": (T.LlamaForCausalLM, T.LlamaConfig(**WIDE, **LONG, num_key_value_heads=2)),
-    "qwen2": (T.Qwen2ForCausalLM, T.Qwen2Config(**WIDE, **LONG, num_key_value_heads=2)),
     "gpt2": (
         T.GPT2LMHeadModel,
         T.GPT2Config(vocab_size=262, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),

@@ -119,6 +119,7 @@ def take_packed(
                 f"{stem}: qweight and qzeros are 32-bit whole numbers, scales are not; got {words.dtype}, {zeros.dtype}, {scales.dtype}"
             )
         of = _groups_of(index, shapes[0].shape[1], linear, len(scales), stem)
+        of = None if of is None else of.to(words.device)
         numbers = zero_codes(zeros, linear.bits, second=settings.second)
         rows = [words.t().contiguous().view(torch.uint8), scales.t().to(torch.float16), numbers.t()]
         if not bool(torch.isfinite(rows[1]).all()):
