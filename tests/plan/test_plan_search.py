@@ -206,6 +206,7 @@ def test_the_best_plan_is_what_trying_all_plans_finds_and_a_method_keeps_to_its_
         allowed = [k for k, o in enumerate(space.options) if set(o.families) <= set(families)]
         budget = (space.smallest(families) + space.outside + int(space.cost[:, 0].sum())) // 2
         every = [space.candidate(ks, "") for ks in itertools.product(allowed, repeat=3)]
+        every = [c for c in every if not all(choice.drop for choice in c.plan)]
         best = min(c.predicted for c in every if c.bytes <= budget)
         chosen = space.best(families, budget)
         assert chosen is not None and set(chosen) <= set(allowed)
@@ -227,6 +228,18 @@ def test_a_target_that_cannot_be_reached_is_refused_with_what_can() -> None:
     check_reachable(space, list(FAMILIES), least, whole, None)
     with pytest.raises(BadInput, match=rf"the smallest that a plan reaches is {least / whole:.3f}"):
         check_reachable(space, list(FAMILIES), least - 1, whole, None)
+
+
+def test_a_layer_is_always_left() -> None:
+    space = _space()
+    one = space.smallest(["drop"])
+    assert one == space.outside + int(space.cost[0, 0])
+    chosen = space.best(["drop"], one)
+    assert chosen is not None and sum(space.options[k].drop for k in chosen) == 2
+    assert space.best(["drop"], one - 1) is None and space.best(["drop", "bits"], space.smallest(["drop", "bits"])) is not None
+    drop = next(k for k, o in enumerate(space.options) if o.drop)
+    every = [space.candidate([0 if i == j else drop for i in range(3)], "").predicted for j in range(3)]
+    assert space.candidate(chosen, "").predicted == pytest.approx(min(every))
 
 
 def test_one_setting_for_all_layers_is_the_largest_that_fits() -> None:

@@ -142,20 +142,29 @@ class Space:
         families: Sequence[str],
         budget: int,
         ms: float | None = None,
-        forbidden: tuple[int, int] | None = None,
+        forbidden: Sequence[tuple[int, int]] = (),
     ) -> list[int] | None:
-        """The options, one a layer, of least expected damage within a budget of bytes (and of milliseconds).
+        """The options, one a layer, of least expected damage within a budget of bytes (and of milliseconds), with a layer left.
 
         Latency is weighed into the damage, as much as is needed (a Lagrange multiplier, by bisection): what comes out is within both limits, and
         best among plans of its bytes and latency, though one between two multipliers may be passed over.
 
         Args:
-            forbidden: a layer and an option that it may not take.
+            forbidden: layers, each with an option that it may not take.
         """
+        chosen = self._best(families, budget, ms, forbidden)
+        if chosen is None or not all(self.options[k].drop for k in chosen):
+            return chosen
+        total = self.expected() @ self.weights
+        with_one = [self._best(families, budget, ms, [*forbidden, (i, k)]) for i, k in enumerate(chosen)]
+        return min((c for c in with_one if c is not None), key=lambda c: total[np.arange(self.depth), c].sum(), default=None)
+
+    def _best(self, families: Sequence[str], budget: int, ms: float | None, forbidden: Sequence[tuple[int, int]]) -> list[int] | None:
+        """The same, where it may be that no layer is left."""
         damage = self.expected() @ self.weights
         damage[:, ~self.within(families)] = np.inf
-        if forbidden is not None:
-            damage[forbidden] = np.inf
+        for one in forbidden:
+            damage[one] = np.inf
 
         def solved(price: float) -> list[int] | None:
             front: Front = solve(self.cost.tolist(), (damage + price * self.ms).tolist(), budget - self.outside)
@@ -194,7 +203,7 @@ class Space:
         """The best plans that differ from a best one: of those without one of its choices the `count` of least expected damage."""
         total = self.expected() @ self.weights
         others = {
-            tuple(other) for i, k in enumerate(chosen) if (other := self.best(families, budget, forbidden=(i, k), **limits)) is not None
+            tuple(other) for i, k in enumerate(chosen) if (other := self.best(families, budget, forbidden=[(i, k)], **limits)) is not None
         }
         yield from (list(o) for o in sorted(others, key=lambda o: (total[np.arange(self.depth), o].sum(), o))[:count])
 
