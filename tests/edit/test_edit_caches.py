@@ -113,6 +113,28 @@ def test_generating_padded_prompts_is_generating_each_alone() -> None:
     assert torch.equal(together[1], lw.generate(made, ids[1:], new=25)[0])
 
 
+@pytest.mark.parametrize("edit", [{"bits": 4}, {"kind": "recent"}, {"kind": "heavy", "heavy": 4}], ids=str)
+def test_rows_that_skip_layers_are_kept_as_alone(edit: dict[str, Any]) -> None:
+    """With routers that decide for each prompt which layers run, a layer's cache holds some rows of the batch only."""
+    model = _model(router={"decides": "layer"})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.copy_(3 * torch.randn(parameter.shape, generator=generator))
+    shrink = "kind" not in edit
+    made = (
+        lw.edit.shrink_cache(model, density=0.5, window=8, start="svd", **edit) if shrink else lw.edit.evict_cache(model, window=6, **edit)
+    )
+    ids = _ids(4, 20)
+    mask = torch.ones_like(ids)
+    mask[1, :6] = 0
+    together = lw.generate(made, ids, new=20, attention_mask=mask)
+    assert torch.equal(together[1, 20:], lw.generate(made, ids[1:2, 6:], new=20)[0, 14:])
+    for row in (0, 2, 3):
+        assert torch.equal(together[row], lw.generate(made, ids[row : row + 1], new=20)[0])
+
+
 FAMILIES = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,
