@@ -51,8 +51,8 @@ def main() -> None:
             for name, python in pythons.items():
                 if python is None:
                     continue
-                command = [python, __file__, "--contestant", name, "--folder", folder]
-                done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"})
+                command = [python, str(Path(__file__).resolve()), "--contestant", name, "--folder", folder]
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "GPTQMODEL_CPU_WORKERS": "2"})
                 if done.returncode:
                     raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
                 found[name].append(json.loads(done.stdout.strip().splitlines()[-1]))
