@@ -266,7 +266,7 @@ def test_columns_are_renamed_and_named_where_they_are_missing(tmp_path):
     assert data.classes == 3 and data.kind == "text"
     with pytest.raises(BadInput, match="data.columns.label: .* has no column 'klass'; it has body, class, label"):
         load_data(_spec(folder, columns={"text": "body", "label": "klass"}))
-    with pytest.raises(BadInput, match="neither a text nor an image column but body, class, label"):
+    with pytest.raises(BadInput, match="neither a text nor an image nor an audio column but body, class, label"):
         load_data(_spec(folder))
 
 

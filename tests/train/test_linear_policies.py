@@ -127,6 +127,22 @@ def test_restarts_fold_the_terms_and_raise_the_rank_of_what_was_learned(text):
     assert rank(once) == 2 and rank(often) > 2
 
 
+def test_learning_rate_climbs_back_after_a_restart(text):
+    class Rates(Listener):
+        def __init__(self):
+            self.seen = []
+
+        def metrics(self, values):
+            self.seen.append(values["lr"])
+
+    usual, ramped = Rates(), Rates()
+    policy = {"name": "restart-adapters", "every": 4, "rewarm": 3}
+    for rates, policies in ((usual, ()), (ramped, (policy,))):
+        train(_model(text.vocab, {"kind": "lora", "rank": 2}), text, _spec(policies, steps=10, log_every=1), listener=rates)
+    shares = [a / b for a, b in zip(ramped.seen, usual.seen, strict=True)]
+    assert shares == pytest.approx([1, 1, 1, 1, 0.25, 0.5, 0.75, 1, 0.25, 0.5])
+
+
 @pytest.mark.parametrize("name", ["loqt", "restart-adapters"])
 def test_policies_name_the_linears_they_miss(name, text):
     with pytest.raises(BadInput, match="set model.stack.layer.linears"):

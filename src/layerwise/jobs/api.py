@@ -7,11 +7,11 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from layerwise.complaint import parsed
 from layerwise.data.load import Data, load_data
 from layerwise.data.spec import DataSpec
 from layerwise.jobs.cache import cache_folder
 from layerwise.jobs.catalogue import find
-from layerwise.jobs.complaint import parsed
 from layerwise.jobs.receipt import Receipt
 from layerwise.jobs.run import run_job
 from layerwise.jobs.schema import Scale, read_job

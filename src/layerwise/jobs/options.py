@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from layerwise.complaint import refuse_truth
 from layerwise.errors import BadInput
-from layerwise.jobs.complaint import refuse_truth
 from layerwise.table import nearest, unknown
 
 COUNTS = ("samples", "batch", "batches_at_most", "every", "draws")

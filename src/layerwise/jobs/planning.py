@@ -15,11 +15,11 @@ import yaml
 from pydantic import TypeAdapter
 from scipy import stats
 
+from layerwise.complaint import parsed
 from layerwise.data.load import Data, Split
 from layerwise.errors import BadInput
 from layerwise.files import write_file, write_json
 from layerwise.jobs.check import check_device
-from layerwise.jobs.complaint import parsed
 from layerwise.jobs.inspection import texts_for, tokenizer_of
 from layerwise.jobs.receipt import environment
 from layerwise.jobs.stages import stage_seed

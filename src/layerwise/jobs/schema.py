@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 
 from layerwise.analyze import ANALYSES
+from layerwise.complaint import parsed
 from layerwise.data.spec import DataSpec
 from layerwise.edit import EDITS
 from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
-from layerwise.jobs.complaint import parsed
 from layerwise.jobs.merge import VERBS, changed, merged
 from layerwise.jobs.metrics import is_among, measurable
 from layerwise.jobs.reach import Reach
@@ -335,7 +335,7 @@ def _model(data: dict[str, Any]) -> ModelSpec | Path:
         return Path(data["load"])
     if "preset" in data:
         try:
-            data = merged(preset(str(data["preset"])), {k: v for k, v in data.items() if k != "preset"})
+            data = preset(str(data["preset"]), {k: v for k, v in data.items() if k != "preset"})
         except BadInput as error:
             raise BadInput(f"model.preset: {error}") from error
     for part in ("stack", "decoder"):

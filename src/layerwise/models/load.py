@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
+from layerwise.complaint import parsed
 from layerwise.errors import BadInput
 from layerwise.models.checkpoint import description, save
 from layerwise.models.checkpoint import load as load_own
@@ -16,7 +18,7 @@ from layerwise.models.hf.folder import read_config
 from layerwise.models.hf.gptq import export_gptq
 from layerwise.models.model import Model, build
 from layerwise.models.presets import PRESETS, preset
-from layerwise.models.spec import ModelSpec, model_spec
+from layerwise.models.spec import ModelSpec
 from layerwise.table import unknown
 
 
@@ -25,10 +27,10 @@ def load_any(source: str | Path, device: str = "cpu", dtype: torch.dtype | None 
 
     Args:
         source: a folder (our checkpoint, a run, or a Hugging Face checkpoint), or a name in `layerwise.models.presets`.
-        overrides: for presets: parts of the model's description, merged over it (`stack={"depth": 2}`).
+        overrides: for presets: parts of the model's description, laid over it as in a job (`stack={"depth": 2, "layer": {"heads": 2}}`).
 
     Raises:
-        BadInput: there is no such folder or preset, or the folder holds no model.
+        BadInput: there is no such folder or preset, the folder holds no model, or an override names what no model has.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -39,10 +41,7 @@ def load_any(source: str | Path, device: str = "cpu", dtype: torch.dtype | None 
             return import_hf(inner, device=device, dtype=dtype)
         return load_own(inner, device=device, dtype=dtype)
     if str(source) in PRESETS:
-        data = preset(str(source))
-        for key, value in overrides.items():
-            data[key] = {**data[key], **value} if isinstance(value, dict) and isinstance(data.get(key), dict) else value
-        model = build(model_spec(data), seed, device)
+        model = build(parsed(TypeAdapter(ModelSpec), preset(str(source), overrides), "model"), seed, device)
         return model if dtype is None else model.to(dtype)
     if "/" in str(source) or folder.suffix:
         raise BadInput(f"there is no folder {source}")

@@ -75,8 +75,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def preset(name: str) -> dict[str, Any]:
-    """A copy of a preset's data."""
+def preset(name: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A copy of a preset's data, with `changes` laid over it: mappings key by key at every depth, everything else replaced."""
     if name not in PRESETS:
         raise unknown(name, PRESETS, "preset")
-    return copy.deepcopy(PRESETS[name])
+    return _over(copy.deepcopy(PRESETS[name]), changes or {})
+
+
+def _over(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return copy.deepcopy(new)
+    return {**old, **{key: _over(old.get(key), value) for key, value in new.items()}}

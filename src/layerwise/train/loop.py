@@ -64,6 +64,7 @@ class Run:
         probe: a second data set that is looked at and not trained on, if the stage has one.
         step: steps done. total: steps of the stage. seconds: time spent, over all resumptions.
         clock: where the learning rate's schedule stands, in steps; it is `step` unless a policy sets it before a step.
+        ramp: what the scheduled learning rate is multiplied by in this step; 1 unless a policy sets it before the step.
         last: the newest logged values.
         norm: of the step's gradients, where a policy has used them up before the loop could see them.
     """
@@ -80,6 +81,7 @@ class Run:
     optimizer: torch.optim.Optimizer = field(init=False)
     step: int = 0
     clock: float = 0.0
+    ramp: float = 1.0
     seconds: float = 0.0
     tokens: int = 0
     pending: dict[str, float] = field(default_factory=dict)
@@ -283,13 +285,13 @@ class _Loop:
     def _step(self, stop: threading.Event) -> Tensor:
         """One optimizer step; returns the gradient norm before clipping."""
         run, spec = self.run_, self.run_.spec
-        run.clock = run.step
+        run.clock, run.ramp = run.step, 1.0
         seed = (run.seed * 1_000_003 + run.step) & 0x7FFF_FFFF
         torch.manual_seed(seed)
         self.generator.manual_seed(seed + self.rank)
         for policy in self.policies:
             policy.before_step(run)
-        set_lr(run.optimizer, factor(spec.schedule, run.clock, run.total))
+        set_lr(run.optimizer, run.ramp * factor(spec.schedule, run.clock, run.total))
         acting = tuple(a for policy in self.policies for a in policy.around)
         context = {**self.recompute, "around": (*acting, *self.recompute.get("around", ()))}
         rows = self.order.indices(run.step)
@@ -348,7 +350,7 @@ class _Loop:
             self._diverged("the loss or the gradient is not finite")
         if spec.divergence is not None and self.window.first is not None and values["loss"] > spec.divergence * abs(self.window.first) + 1:
             self._diverged(f"the loss has grown from {self.window.first:.4g} to {values['loss']:.4g}")
-        values |= {"lr": spec.optimizer.lr * factor(spec.schedule, run.clock, run.total), "grad_norm": norm.item()}
+        values |= {"lr": spec.optimizer.lr * run.ramp * factor(spec.schedule, run.clock, run.total), "grad_norm": norm.item()}
         values |= {"tokens": run.tokens, "seconds": round(run.seconds, 3)}
         run.log(values)
         return values

@@ -1,7 +1,7 @@
 """What acts on a training run from outside, at a few named moments.
 
     start(run)           the model and objective stand; the optimizer is made after it, so what is frozen here is left out
-    before_step(run)     before a step's first forward; `run.clock`, where the learning rate stands, may be set here
+    before_step(run)     before a step's first forward; `run.clock`, where the learning rate stands, and its `run.ramp` may be set
     after_backward(run)  all gradients of the step are there, not yet clipped
     after_step(run)      the weights have moved; run.step counts this step already
     end(run)             after the last step

@@ -48,5 +48,4 @@ class RestartAdapters(Policy):
                         if isinstance(value, torch.Tensor) and value.is_floating_point():
                             value.zero_()
         if since < self.rewarm:
-            for group in run.optimizer.param_groups:
-                group["lr"] *= (since + 1) / (self.rewarm + 1)
+            run.ramp = (since + 1) / (self.rewarm + 1)
