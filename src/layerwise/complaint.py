@@ -10,6 +10,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from layerwise.errors import BadInput
 from layerwise.table import lookup, nearest
 
+FORBID = {"extra": "forbid"}
+"""Pydantic's settings of every description: a key that is not known is refused."""
+
 TITLES = {
     "Job": "layerwise.jobs.schema:Job",
     "Generate": "layerwise.jobs.schema:Generate",
@@ -28,8 +31,8 @@ SECTIONS = {
     "stack": "layerwise.stack.spec:StackSpec",
     "decoder": "layerwise.stack.spec:StackSpec",
     "layer": "layerwise.stack.spec:LayerSpec",
-    "linears": "layerwise.stack.spec:LinearSpec",
-    "cache": "layerwise.stack.spec:CacheSpec",
+    "linears": "layerwise.stack.parts_spec:LinearSpec",
+    "cache": "layerwise.stack.parts_spec:CacheSpec",
     "plain": "layerwise.models.plain_spec:PlainLayerSpec",
     "embedding": "layerwise.embed.spec:TokenSpec",
     "target": "layerwise.embed.spec:TokenSpec",

@@ -171,7 +171,7 @@ def test_lora_equals_peft():
     theirs = get_peft_model(linear, LoraConfig(r=2, lora_alpha=5, target_modules=["0"])).double()
     layer = theirs.base_model.model[0]
     torch.nn.init.normal_(layer.lora_B["default"].weight)
-    from layerwise.stack.spec import LinearSpec
+    from layerwise.stack.parts_spec import LinearSpec
 
     ours = LoRA(6, 4, False, LinearSpec("lora", rank=2, alpha=5)).double()
     ours.load_state_dict(

@@ -18,7 +18,8 @@ from layerwise.nn.binary_attention import BinaryAttention, Estimators
 from layerwise.nn.linear import make_linear
 from layerwise.nn.linears.binary import Binary
 from layerwise.stack.context import Context
-from layerwise.stack.spec import LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec
 
 IDS = torch.randint(0, 50, (2, 10), generator=torch.Generator().manual_seed(0))
 

@@ -12,7 +12,8 @@ from layerwise.nn.linear import make_linear
 from layerwise.nn.linears.loqt import LoQT
 from layerwise.nn.linears.sparse import SparseLowRank, _Product, dense
 from layerwise.nn.nf4 import dequantize, quantize
-from layerwise.stack.spec import LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec
 
 SPECS = {
     "dense": LinearSpec(),

@@ -10,7 +10,8 @@ from layerwise.errors import BadInput
 from layerwise.nn.ffn import FeedForward, activation
 from layerwise.nn.linear import Dense, LoRA, make_linear
 from layerwise.nn.norms import ZeroRMSNorm, fill_norm, make_norm
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 from layerwise.stack.stack import Stack
 
 ACTIVATIONS = {

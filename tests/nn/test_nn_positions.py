@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layerwise.nn.positions import RelativeBias, alibi_slopes, relative_bucket, rotary_angles, rotate, sinusoids
-from layerwise.stack.spec import RopeScaling
+from layerwise.stack.parts_spec import RopeScaling
 
 
 def _angles(positions, dims, theta=10000.0, scaling=None):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from layerwise.errors import BadInput
 from layerwise.stack.context import Context
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec, indices
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec, indices
 from layerwise.stack.stack import Stack
 from layerwise.stack.surgery import insert, keep, repeat, replace
 

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from layerwise.errors import BadInput
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec, indices
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec, indices
 
 BOUND = st.integers(-12, 12) | st.none()
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from layerwise.complaint import FORBID
 from layerwise.errors import BadInput
-from layerwise.stack.spec import FORBID
 from layerwise.table import unknown
 
 COLUMNS = ("text", "image", "audio", "label")

@@ -17,7 +17,8 @@ from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
 from layerwise.nn.linears.quantized import QLoRA
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 
 Role = Literal["q", "k", "v", "o", "gate", "up", "down", "cross.q", "cross.k", "cross.v", "cross.o"]
 

@@ -19,7 +19,8 @@ from layerwise.nn.binarize import Elastic
 from layerwise.nn.binary_attention import Estimators
 from layerwise.nn.linears.binary import Binary
 from layerwise.nn.norms import fill_norm
-from layerwise.stack.spec import LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec
 
 
 def binarize(model: Model, *, estimator_rank: int = 1, embedding: bool = True, seed: int | None = None) -> Model:

@@ -17,7 +17,8 @@ from layerwise.models.spec import ModelSpec
 from layerwise.nn.attention import Attention
 from layerwise.nn.linears.factors import activation_scales, svd_factors
 from layerwise.nn.linears.shrunk import Shrunk
-from layerwise.stack.spec import CacheSpec, LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import CacheSpec, LinearSpec
+from layerwise.stack.spec import LayerSpec
 
 Start = Literal["asvd", "svd", "random"]
 
@@ -48,7 +49,7 @@ def shrink_cache(
         key_share: of these, those of keys; 2 density key_share and 2 density (1 - key_share) are the densities of keys and of values.
             A density rho becomes the rank int(rho head_dim) kv_heads (but no more than the model's width).
         start: `svd`; `asvd`, which weighs inputs by the square root of their mean magnitude in the calibration rows; or `random`.
-        window, sliding, bits, group: see `layerwise.stack.spec.CacheSpec`.
+        window, sliding, bits, group: see `layerwise.stack.parts_spec.CacheSpec`.
         samples, batch, split: calibration rows of asvd. seed: of their choice, and of random factors.
 
     Source: Wang et al. 2024, "CSKV", section 3 (arXiv 2409.10593), and the published code; ASVD from Yuan et al. 2023 (arXiv 2312.05821).

@@ -13,7 +13,8 @@ from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import Dense, Linear
 from layerwise.nn.linears.quantized import Quantized
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 
 
 def merge(model: Model) -> Model:

@@ -19,7 +19,8 @@ from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import Dense
 from layerwise.nn.linears.factors import activation_scales, svd_factors
 from layerwise.nn.linears.lowrank import LowRank
-from layerwise.stack.spec import LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec
 
 By = Literal["svd", "inputs", "random"]
 

@@ -13,7 +13,8 @@ from layerwise.evaluate.batches import split_of
 from layerwise.infer.routes import decisions, routed_layers
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
-from layerwise.stack.spec import LayerSpec, RouterSpec, StackSpec, indices
+from layerwise.stack.parts_spec import RouterSpec
+from layerwise.stack.spec import LayerSpec, StackSpec, indices
 from layerwise.stack.surgery import keep
 
 STEPS = 16

@@ -9,7 +9,8 @@ from typing import Any
 from layerwise.errors import BadInput
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
-from layerwise.stack.spec import RouterSpec, StackSpec, indices
+from layerwise.stack.parts_spec import RouterSpec
+from layerwise.stack.spec import StackSpec, indices
 
 
 def route_tokens(model: Model, *, layers: Sequence[str | int] | None = None, bias: float | None = None, gap: float = 0.05) -> Model:

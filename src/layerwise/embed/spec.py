@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from layerwise.complaint import FORBID
 from layerwise.errors import BadInput
-from layerwise.stack.spec import FORBID, Norm
+from layerwise.stack.spec import Norm
 
 
 @dataclass(frozen=True)

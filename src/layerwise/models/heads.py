@@ -10,7 +10,7 @@ from layerwise.models.spec import HeadSpec
 from layerwise.nn.ffn import activation
 from layerwise.nn.linear import LINEARS
 from layerwise.nn.norms import fill_norm, make_norm
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 from layerwise.table import lookup
 
 

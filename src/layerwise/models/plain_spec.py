@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from layerwise.complaint import FORBID
 from layerwise.errors import BadInput
-from layerwise.stack.spec import FORBID
 
 BOTTLENECK = {"middle": None, "stride_first": False, "dilation": 1, "project": None, "padding": "half", "standardize": None}
 """Fields that only bottlenecks have, and their neutral values."""

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag, TypeAdapter
 
+from layerwise.complaint import FORBID
 from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import GraphSpec, PatchSpec, PixelSpec, StemSpec, TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
-from layerwise.stack.spec import FORBID, Activation, Norm, StackSpec
+from layerwise.stack.spec import Activation, Norm, StackSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.errors import BadInput
-from layerwise.stack.spec import LayerSpec, LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec
 from layerwise.table import lookup
 
 LINEARS = {

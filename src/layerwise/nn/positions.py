@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from layerwise.stack.spec import RopeScaling
+    from layerwise.stack.parts_spec import RopeScaling
 
 
 def rotary_angles(positions: Int[Tensor, "*b s"], head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.stack.spec import RouterSpec
+from layerwise.stack.parts_spec import RouterSpec
 
 
 class Router(nn.Module):

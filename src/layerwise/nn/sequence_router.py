@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from layerwise.nn.routers import Router
-from layerwise.stack.spec import RouterSpec
+from layerwise.stack.parts_spec import RouterSpec
 
 if TYPE_CHECKING:
     from layerwise.nn.cache import Slot

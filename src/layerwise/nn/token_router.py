@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.nn.routers import Router
-from layerwise.stack.spec import RouterSpec
+from layerwise.stack.parts_spec import RouterSpec
 
 if TYPE_CHECKING:
     from layerwise.stack.context import Context

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.nn.positions import GridBias, RelativeBias, alibi_slopes, rotary_angles
-from layerwise.stack.spec import LayerSpec, RopeScaling
+from layerwise.stack.parts_spec import RopeScaling
+from layerwise.stack.spec import LayerSpec
 
 if TYPE_CHECKING:
     from layerwise.nn.cache import Cache

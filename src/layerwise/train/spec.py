@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from layerwise.complaint import FORBID
 from layerwise.errors import BadInput
 from layerwise.optim.spec import OptimizerSpec, ScheduleSpec
-from layerwise.stack.spec import FORBID
 
 
 @dataclass(frozen=True)

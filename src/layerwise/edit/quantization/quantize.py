@@ -19,7 +19,8 @@ from layerwise.errors import BadInput
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.integers import WIDTHS
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 
 
 def quantize(

@@ -18,7 +18,8 @@ from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
 from layerwise.safetensor import load_tensors, save_tensors
-from layerwise.stack.spec import LayerSpec, LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import LayerSpec, StackSpec
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 BEGINS = "base_model.model."

@@ -24,7 +24,7 @@ from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 from layerwise.table import lookup, nearest
 
 SHARD_BYTES = 5_000_000_000

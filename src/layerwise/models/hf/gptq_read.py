@@ -18,7 +18,8 @@ from layerwise.models.hf.layouts import TURNED
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.integers import WIDTHS
 from layerwise.nn.packing import pack, unpack
-from layerwise.stack.spec import LinearSpec, StackSpec
+from layerwise.stack.parts_spec import LinearSpec
+from layerwise.stack.spec import StackSpec
 
 PARTS = ("qweight", "qzeros", "scales")
 Place = tuple[int, str]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from layerwise.errors import BadInput
-from layerwise.stack.spec import LayerSpec, RopeScaling
+from layerwise.stack.parts_spec import RopeScaling
+from layerwise.stack.spec import LayerSpec
 
 
 def read_rope(config: dict[str, Any], head_dim: int, *, share: float = 1.0) -> dict[str, Any]:

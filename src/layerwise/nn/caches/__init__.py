@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from layerwise.stack.spec import CacheSpec
+from layerwise.stack.parts_spec import CacheSpec
 from layerwise.table import lookup
 
 STORES = {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerwise.nn.caches.ring import grown, real_first, real_tokens, sources, take, tokens_at
 from layerwise.stack.context import PAD, Context
-from layerwise.stack.spec import CacheSpec
+from layerwise.stack.parts_spec import CacheSpec
 
 if TYPE_CHECKING:
     from layerwise.nn.attention import Attention

@@ -12,7 +12,7 @@ from layerwise.nn.caches.blocks import Blocks
 from layerwise.nn.caches.ring import grown, real_first, real_tokens, sources, take, tokens_at
 from layerwise.nn.positions import rotate
 from layerwise.stack.context import PAD, Context
-from layerwise.stack.spec import CacheSpec
+from layerwise.stack.parts_spec import CacheSpec
 
 if TYPE_CHECKING:
     from layerwise.nn.attention import Attention

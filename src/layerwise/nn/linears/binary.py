@@ -10,7 +10,7 @@ from layerwise.errors import BadInput
 from layerwise.nn.binarize import Elastic, binary_weight
 from layerwise.nn.linear import Dense, Linear
 from layerwise.nn.packing import pack, packed_bytes, unpack
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class Binary(Dense):

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from layerwise.nn.linear import Linear
 from layerwise.nn.linears.quantized import Packed, packed_linear
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class Full(nn.Module):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.nn.linear import Linear
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class LowRank(Linear):

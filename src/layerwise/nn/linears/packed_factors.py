@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from layerwise.nn.linear import Linear
 from layerwise.nn.linears.quantized import Integers, packed_linear
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class PackedLowRank(Linear):

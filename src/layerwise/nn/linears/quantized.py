@@ -12,7 +12,7 @@ from layerwise.nn.integers import Grid, find_grid
 from layerwise.nn.linear import Linear
 from layerwise.nn.nf4 import NF4, dequantize, quantize, sizes
 from layerwise.nn.packing import pack, packed_bytes, unpack
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class Packed(nn.Module):

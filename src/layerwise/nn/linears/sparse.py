@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerwise.errors import BadInput
 from layerwise.nn.linear import Linear
-from layerwise.stack.spec import LinearSpec
+from layerwise.stack.parts_spec import LinearSpec
 
 
 class SparseLowRank(Linear):
