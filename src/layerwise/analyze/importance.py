@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
-from layerwise.stack.record import record
+from layerwise.stack.record import inputs_of, record
 
 
 @dataclass
@@ -39,28 +39,41 @@ def neuron_importance(model: Model, data: Any, *, samples: int = 64, split: str 
     """
     depth = model.stack.depth
     stream = torch.zeros(model.stack.spec.width, dtype=torch.float64, device=model.device)
-    inner: list[dict[str, Tensor]] = [{} for _ in range(depth)]
+    read: dict[tuple[str, int], nn.Module] = {("heads", i): layer.mixer.branch.o for i, layer in enumerate(model.stack.layers)}
+    read |= {("ffn", i): layer.ffn.branch.down for i, layer in enumerate(model.stack.layers)}
+    sums: dict[tuple[str, int], Tensor] = {}
 
-    def add(i: int, name: str, module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        size = given[0].detach().double().abs().flatten(0, -2).sum(dim=0)
-        inner[i][name] = inner[i].get(name, 0) + size
+    def add(key: tuple[str, int], x: Tensor) -> None:
+        sums[key] = sums.get(key, 0) + _summed(x)
 
-    hooks = []
-    for i, layer in enumerate(model.stack.layers):
-        hooks.append(layer.mixer.branch.o.register_forward_pre_hook(partial(add, i, "heads")))
-        hooks.append(layer.ffn.branch.down.register_forward_pre_hook(partial(add, i, "ffn")))
-    try:
-        with inference(model):
-            tokens = 0
-            for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):
-                boundaries = record(model, rows, hidden="all", inputs=[0]).stream()
-                for boundary in boundaries:
-                    stream += boundary.double().abs().flatten(0, -2).sum(dim=0)
-                tokens += boundaries[0].shape[:-1].numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups = [
-        part["heads"].reshape(layer.spec.kv_heads, -1).mean(dim=1) / tokens for part, layer in zip(inner, model.stack.layers, strict=True)
-    ]
-    return Importance(stream / (tokens * (depth + 1)), groups, [part["ffn"] / tokens for part in inner])
+    tokens = 0
+    with inference(model), inputs_of(read, add):
+        for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):
+            for boundary in record(model, rows, hidden="all", inputs=[0]).stream():
+                stream += _summed(boundary)
+            tokens += rows["input_ids"].numel()
+    groups = [sums["heads", i].reshape(layer.spec.kv_heads, -1).mean(dim=1) / tokens for i, layer in enumerate(model.stack.layers)]
+    return Importance(stream / (tokens * (depth + 1)), groups, [sums["ffn", i] / tokens for i in range(depth)])
+
+
+def input_magnitudes(
+    model: Model, modules: Mapping[str, nn.Module], some: Iterable[Mapping[str, Tensor]]
+) -> dict[str, Float[Tensor, " in"]]:
+    """The mean absolute value of every input of some modules, over the positions of batches of rows that are no padding."""
+    sums: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        sums[name] = sums.get(name, 0) + _summed(x if mask is None or mask.shape != x.shape[:2] else x * mask[..., None])
+
+    count = torch.zeros((), dtype=torch.float64, device=model.device)
+    with inference(model), inputs_of(modules, add):
+        for rows in some:
+            mask = rows.get("attention_mask")
+            count += rows["input_ids"].numel() if mask is None else mask.sum()
+            model(rows)
+    return {name: total / count for name, total in sums.items()}
+
+
+def _summed(x: Float[Tensor, "*n width"]) -> Float[Tensor, " width"]:
+    return x.detach().double().abs().flatten(0, -2).sum(dim=0)

@@ -8,10 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from layerwise.analyze.importance import input_magnitudes
 from layerwise.edit.linears import with_layers
 from layerwise.edit.quantization.engine import calibration_rows
 from layerwise.errors import BadInput
-from layerwise.evaluate.batches import inference
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.attention import Attention
@@ -174,26 +174,6 @@ def _with_caches(spec: ModelSpec, change: Any, what: str) -> ModelSpec:
 
 def _input_scales(model: Model, data: Any, samples: int, batch: int, split: str, seed: int) -> dict[str, Tensor]:
     """How much each input of every attention counts, by the attention's name: from its mean magnitude over calibration rows."""
-    sums: dict[str, Tensor] = {}
-    real: list[Tensor | None] = [None]
-    count = torch.zeros((), device=model.device)
-
-    def watch(name: str) -> Any:
-        def add(module: Any, given: tuple[Tensor, ...]) -> None:
-            size = given[0].detach().abs().double() if real[0] is None else given[0].detach().abs().double() * real[0][..., None]
-            sums[name] = sums.get(name, 0.0) + size.flatten(0, 1).sum(dim=0)
-
-        return add
-
-    handles = [m.k.register_forward_pre_hook(watch(name)) for name, m in model.named_modules() if isinstance(m, Attention)]
-    try:
-        with inference(model):
-            for rows in calibration_rows(data, samples, batch, split, 1, seed, model.device):
-                mask = rows.get("attention_mask")
-                real[0] = None if mask is None else mask.double()
-                count += rows["input_ids"].numel() if mask is None else mask.sum()
-                model(rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: activation_scales(total / count) for name, total in sums.items()}
+    read = {name: m.k for name, m in model.named_modules() if isinstance(m, Attention)}
+    found = input_magnitudes(model, read, calibration_rows(data, samples, batch, split, 1, seed, model.device))
+    return {name: activation_scales(size) for name, size in found.items()}

@@ -9,11 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from layerwise.analyze.importance import input_magnitudes
 from layerwise.edit.adapt import Role
 from layerwise.edit.linears import with_layers
 from layerwise.edit.quantization.engine import calibration_rows
 from layerwise.errors import BadInput
-from layerwise.evaluate.batches import inference
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import Dense
@@ -154,26 +154,7 @@ def _scales(model: Model, data: Any, names: list[str], samples: int, batch: int,
     """How much each input of the named linears counts, from its mean absolute value over the real positions of some rows."""
     if data is None:
         raise BadInput("factorize by inputs looks at data: give some, or use by: svd")
-    sums: dict[str, Tensor] = {}
-    real: list[Tensor | None] = [None]
-
-    def watch(name: str):
-        def see(_: nn.Module, given: tuple[Tensor, ...]) -> None:
-            x = given[0].float().abs()
-            if real[0] is not None and real[0].shape == x.shape[:2]:
-                x = x * real[0][..., None]
-            sums[name] = sums.get(name, 0) + x.flatten(0, -2).sum(dim=0)
-
-        return see
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
-    try:
-        with inference(model):
-            for rows in calibration_rows(data, samples, batch, split, 1, seed, model.device):
-                real[0] = rows.get("attention_mask")
-                model(rows)
-    finally:
-        for handle in handles:
-            handle.remove()
+    rows = calibration_rows(data, samples, batch, split, 1, seed, model.device)
+    found = input_magnitudes(model, {name: model.get_submodule(name) for name in names}, rows)
     # Only proportions matter, and a mean of 1 keeps the smallest addend small.
-    return {name: activation_scales(total / total.mean().clamp(min=1e-12)) for name, total in sums.items()}
+    return {name: activation_scales(size / size.mean().clamp(min=1e-12)) for name, size in found.items()}

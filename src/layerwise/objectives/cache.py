@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from layerwise.nn.caches.blocks import as_stored
 from layerwise.nn.linears.shrunk import Shrunk
 from layerwise.objectives.loss import Loss
 from layerwise.objectives.objective import Objective
+from layerwise.stack.record import inputs_of
 
 
 class CacheReconstruction(Objective):
@@ -42,7 +42,8 @@ class CacheReconstruction(Objective):
 
     def forward(self, model: nn.Module, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
         attentions = _attentions(model)
-        with inference(model), _reading(attentions) as read:
+        read: dict[int, Tensor] = {}
+        with inference(model), inputs_of(_keys(attentions), read.__setitem__):
             model(batch, **context)
         real = _real(batch)
         parts = []
@@ -60,7 +61,8 @@ class CacheReconstruction(Objective):
         attentions = _attentions(model)
         lines: list[list[Any]] = []
         device = next(model.parameters()).device
-        with inference(model), _reading(attentions) as read:
+        read: dict[int, Tensor] = {}
+        with inference(model), inputs_of(_keys(attentions), read.__setitem__):
             rows = next(batches(data.validation, 16, 1, device))
             model(rows)
             real = _real(rows)
@@ -79,16 +81,9 @@ def _attentions(model: nn.Module) -> list[Any]:
     return found
 
 
-@contextmanager
-def _reading(attentions: list[Any]) -> Iterator[dict[int, Tensor]]:
-    """What every attention's keys and values are made from, while the model runs inside the block."""
-    seen: dict[int, Tensor] = {}
-    handles = [a.k.register_forward_pre_hook(lambda _m, given, i=i: seen.__setitem__(i, given[0])) for i, a in enumerate(attentions)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+def _keys(attentions: list[Any]) -> dict[int, nn.Module]:
+    """The linear that makes each attention's keys, and reads what its values are made from too."""
+    return {i: attention.k for i, attention in enumerate(attentions)}
 
 
 def _made_again(attention: Any, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from layerwise.stack.path import stream_of
 from layerwise.stack.stack import Stack
 
 Which = Sequence[int] | Literal["all"]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -114,6 +116,24 @@ def _hooked(model: nn.Module, batch: Mapping[str, Any], recorder: Recorder) -> A
     handles = [layer.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(view(model).layers)]
     try:
         return view(model).run(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inputs_of(modules: Mapping[Key, nn.Module], see: Callable[[Key, Tensor], None]) -> Iterator[None]:
+    """Inside the block `see(key, x)` is called with what a module reads, each time one of them is run."""
+
+    def watch(key: Key) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+            see(key, given[0])
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(key)) for key, module in modules.items()]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()

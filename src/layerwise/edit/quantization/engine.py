@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import tempfile
@@ -23,6 +24,7 @@ from layerwise.nn.integers import Grid
 from layerwise.nn.linears.lowrank import LowRank
 from layerwise.safetensor import load_tensors, save_tensors
 from layerwise.stack.context import PAD, Context
+from layerwise.stack.record import inputs_of
 
 Codes = tuple[Tensor, Grid]
 GROUPS = (("mixer", ("q", "k", "v")), ("mixer", ("o",)), ("ffn", ("gate", "up")), ("ffn", ("down",)))
@@ -265,19 +267,13 @@ def read_by(layer: Any, x: Tensor, ctx: Context, index: int, *linears: nn.Module
     """What some linears of a layer read when the layer runs on `x`; it runs no further than to the last of them."""
     seen: dict[nn.Module, Tensor] = {}
 
-    def see(module: nn.Module, given: tuple[Tensor]) -> None:
-        seen[module] = given[0]
+    def see(linear: nn.Module, read: Tensor) -> None:
+        seen[linear] = read
         if len(seen) == len(linears):
             raise _Seen
 
-    handles = [linear.register_forward_pre_hook(see) for linear in linears]
-    try:
+    with inputs_of({linear: linear for linear in linears}, see), contextlib.suppress(_Seen):
         layer(x, ctx, (index, 0))
-    except _Seen:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
     return [seen[linear] for linear in linears]
 
 
