@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -35,20 +35,15 @@ def gradient_norms(
 
     Metrics: `grad_norm_variation`, the coefficient of variation over the layers (0: all layers get gradients alike).
     """
-    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
-    generator = torch.Generator(device=model.device).manual_seed(0)
     sums: dict[int, float] = {}
     seen = 0
-    training = model.training
-    model.eval()
-    for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+    for loss in batch_losses(model, data, split=split, objective=objective, batch=batch, batches_at_most=batches_at_most):
         model.zero_grad(set_to_none=True)
-        loss_of(model, rows, generator).mean.backward()
+        loss.backward()
         for i, norm in depth_gradient_norms(model).items():
             sums[i] = sums.get(i, 0.0) + norm
         seen += 1
     model.zero_grad(set_to_none=True)
-    model.train(training)
     norms = {i: s / seen for i, s in sums.items()}
     table = Table("Gradient norm by layer", ["layer", "gradient norm"], [[i, n] for i, n in norms.items()])
     return Findings({"grad_norm_variation": variation([n for i, n in norms.items() if 0 <= i < model.stack.depth])}, [table])
@@ -63,17 +58,13 @@ def gradient_variance(
     Source: Glentis et al. 2025, "A Minimalist Optimizer Design for LLM Pretraining" (arXiv 2506.16659): the layer with the largest
     variance is the one that momentum pays for.
     """
-    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
-    generator = torch.Generator(device=model.device).manual_seed(0)
     depths = depth_of(model)
     means: dict[str, torch.Tensor] = {}
     spread: dict[int, float] = {}
     seen = 0
-    training = model.training
-    model.eval()
-    for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+    for loss in batch_losses(model, data, split=split, objective=objective, batch=batch, batches_at_most=batches_at_most):
         model.zero_grad(set_to_none=True)
-        loss_of(model, rows, generator).mean.backward()
+        loss.backward()
         seen += 1
         for name, parameter in model.named_parameters():
             if parameter.grad is None:
@@ -84,7 +75,6 @@ def gradient_variance(
             mean += deviation / seen
             spread[depths[name]] = spread.get(depths[name], 0.0) + (deviation * (parameter.grad - mean)).sum().item()
     model.zero_grad(set_to_none=True)
-    model.train(training)
     found = {i: s / seen for i, s in sorted(spread.items())}
     table = Table("Variance of the gradient by layer", ["layer", "variance"], [[i, v] for i, v in found.items()])
     return Findings({"head_variance_share": found.get(model.stack.depth, 0.0) / max(sum(found.values()), 1e-300)}, [table])
@@ -112,20 +102,28 @@ def mean_gradients(
     """
     if not names:
         raise BadInput("scores by gradients need parameters that are trained; all of this model's are frozen or packed")
-    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
-    generator = torch.Generator(device=model.device).manual_seed(0)  # type: ignore[arg-type]
     wanted = {n: p for n, p in model.named_parameters() if n in names}
     sums = {n: torch.zeros_like(p) for n, p in wanted.items()}
-    training, seen = model.training, 0
-    model.eval()
-    for rows in batches(split_of(data, split), batch, -(-samples // batch), model.device):  # type: ignore[arg-type]
-        loss = loss_of(model, rows, generator).mean
+    seen = 0
+    for loss in batch_losses(model, data, split=split, objective=objective, batch=batch, batches_at_most=-(-samples // batch)):
         for name, gradient in zip(wanted, torch.autograd.grad(loss, list(wanted.values()), allow_unused=True), strict=True):
             if gradient is not None:
                 sums[name] += gradient.abs() if absolute else gradient
         seen += 1
-    model.train(training)
     return {n: s / max(seen, 1) for n, s in sums.items()}
+
+
+def batch_losses(model: Any, data: Any, *, split: str, objective: str, batch: int, batches_at_most: int) -> Iterator[torch.Tensor]:
+    """The mean loss of each batch, to be differentiated, with the model in evaluation mode until they are through."""
+    loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
+    generator = torch.Generator(device=model.device).manual_seed(0)
+    training = model.training
+    model.eval()
+    try:
+        for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+            yield loss_of(model, rows, generator).mean
+    finally:
+        model.train(training)
 
 
 def matrix_gradients(model: nn.Module, matrix: str = "ffn.branch.down.weight") -> dict[int, float]:

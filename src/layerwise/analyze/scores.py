@@ -81,7 +81,7 @@ def layer_scores(
     if by == "quantization-error":
         return rounding_errors(model, data, bits=bits, **some)
     if by == "layer-drop":
-        return losses_added(model, data, objective=objective, **some)
+        return losses_without(model, data, objective=objective, **some)[1]
     raise BadInput(f"layers are scored by {', '.join(get_args(Score))}; got '{by}'")
 
 
@@ -218,8 +218,8 @@ def rounded(layer: nn.Module, bits: int) -> nn.Module:
     return made
 
 
-def losses_added(model: Model, data: Any, *, objective: str, samples: int, split: str, batch: int) -> list[float]:
-    """Mean loss with each layer skipped, minus the mean loss with all of them."""
+def losses_without(model: Model, data: Any, *, objective: str, samples: int, split: str, batch: int) -> tuple[float, list[float]]:
+    """Mean loss with all layers, and what skipping each of them adds to it."""
     loss_of = lookup(OBJECTIVES, objective, "objective")(data).to(model.device)
     depth = model.stack.depth
     paths = [list(range(depth)), *([j for j in range(depth) if j != i] for i in range(depth))]
@@ -232,4 +232,4 @@ def losses_added(model: Model, data: Any, *, objective: str, samples: int, split
                 totals[i] += float(loss.total)
                 counts[i] += float(loss.count)
     whole, *without = [total / max(count, 1) for total, count in zip(totals, counts, strict=True)]
-    return [loss - whole for loss in without]
+    return whole, [loss - whole for loss in without]

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from layerwise.analyze.findings import Cell, Findings, Matrix, Table
+from layerwise.analyze.scores import losses_without
 from layerwise.analyze.similarity import best_block, distances
 from layerwise.edit.drop import Rule, choose_block, preview_drop
 from layerwise.errors import BadInput
@@ -19,12 +20,9 @@ def layer_drop(model: Model, data: Any, *, split: str = "validation", batch: int
 
     Metrics: `whole_loss` of the whole model, `layer_drop_mean`.
     """
-    depth = model.stack.depth
-    losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
-    whole = losses([])
-    drops = [losses([i]) - whole for i in range(depth)]
+    whole, drops = losses_without(model, data, objective="causal-lm", samples=batch * batches_at_most, split=split, batch=batch)
     table = Table("Loss added by skipping a layer", ["layer", "added loss"], [[i, d] for i, d in enumerate(drops)])
-    return Findings({"whole_loss": whole, "layer_drop_mean": sum(drops) / max(depth, 1)}, [table])
+    return Findings({"whole_loss": whole, "layer_drop_mean": sum(drops) / max(len(drops), 1)}, [table])
 
 
 def block_drop(

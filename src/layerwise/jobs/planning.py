@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import yaml
 from pydantic import TypeAdapter
-from scipy import stats
 
 from layerwise.complaint import parsed
 from layerwise.data.load import Data, Split
@@ -23,7 +22,7 @@ from layerwise.jobs.check import check_device
 from layerwise.jobs.inspection import texts_for, tokenizer_of
 from layerwise.jobs.receipt import environment
 from layerwise.jobs.stages import stage_seed
-from layerwise.jobs.statistics import mean_interval
+from layerwise.jobs.statistics import mean_interval, rank_correlation
 from layerwise.models.checkpoint import save
 from layerwise.models.load import load_any
 from layerwise.models.model import Model
@@ -34,7 +33,7 @@ from layerwise.plan.damage import Damages, Probe, damages
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
 from layerwise.plan.search import Candidate, Space, check_reachable
 from layerwise.plan.size import LayerBytes, model_bytes
-from layerwise.plan.trials import COMBINED, METHODS, UNIFORM, Best, Trials
+from layerwise.plan.trials import COMBINED, METHODS, UNIFORM, Best, Trials, mean
 from layerwise.report.plan_page import write_plan_page
 from layerwise.train.loop import train
 from layerwise.train.spec import TrainSpec
@@ -143,9 +142,8 @@ def plan_model(
                 trials.hold_out(candidate)
     for candidate in trials.front():
         trials.hold_out(candidate)
-    losses = trials.losses(model, "test")
     planned = Planned(
-        source, whole, (trials.whole, sum(t for t, _ in losses) / sum(c for _, c in losses)), found, trials, sensitivity,
+        source, whole, (trials.whole, mean(trials.losses(model, "test"))), found, trials, sensitivity,
         milliseconds(model, work) if work is not None else None, [*notes, note],
     )  # fmt: skip
     for best in found:
@@ -261,9 +259,7 @@ def compared(best: Best) -> dict[str, Any]:
 def predictions(trials: Trials) -> dict[str, Any]:
     """How well what was expected of candidates, when they were chosen, ranks what they lost."""
     points = [(c.predicted, c.added) for c in trials.tried.values() if c.added is not None]
-    varied = len({x for x, _ in points}) > 2 and len({y for _, y in points}) > 1
-    rank = float(stats.spearmanr(*zip(*points, strict=True)).statistic) if varied else None
-    return {"spearman": rank, "points": len(points)}
+    return {"spearman": rank_correlation(points), "points": len(points)}
 
 
 def plan_data(planned: Planned) -> dict[str, Any]:

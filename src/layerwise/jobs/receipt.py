@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from scipy import stats
 
 from layerwise.jobs.schema import Claim, Job, Relation, Scale
-from layerwise.jobs.statistics import deviation, mean_interval, verdict
+from layerwise.jobs.statistics import deviation, mean_interval, rank_correlation, verdict
 
 
 class Part(BaseModel):
@@ -124,9 +123,7 @@ def related(relation: Relation, metrics: dict[str, dict[str, dict[str, float]]])
         for seed in arm.get(relation.x, {}):
             if seed in arm.get(relation.y, {}) and all(arm.get(m, {}).get(seed, -math.inf) >= least for m, least in relation.above.items()):
                 points.append((arm[relation.x][seed], arm[relation.y][seed]))
-    varied = len({x for x, _ in points}) > 2 and len({y for _, y in points}) > 1
-    rank = float(stats.spearmanr(*zip(*points, strict=True)).statistic) if varied else math.nan
-    return {**relation.model_dump(), "points": len(points), "spearman": None if math.isnan(rank) else rank}
+    return {**relation.model_dump(), "points": len(points), "spearman": rank_correlation(points)}
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -44,3 +44,10 @@ def verdict(differences: Sequence[float], direction: Literal["lower", "higher"])
     if high < 0:
         return "holds"
     return "fails" if low > 0 else "inconclusive"
+
+
+def rank_correlation(points: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation of pairs; None for fewer than three different first or two different second values."""
+    if len({x for x, _ in points}) < 3 or len({y for _, y in points}) < 2:
+        return None
+    return float(stats.spearmanr(*zip(*points, strict=True)).statistic)
