@@ -7,8 +7,8 @@ import layerwise as lw
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
+from layerwise.objectives.distill import DistilledMaskedLM
 from layerwise.objectives.language import MaskedLM
-from layerwise.objectives.masked_distill import DistilledMaskedLM
 
 
 def _model(vocab, seed=0):
@@ -40,7 +40,7 @@ def test_the_embedding_counts_among_the_hidden_states(text):
     model, teacher = _model(text.vocab), _model(text.vocab, seed=1)
     batch, objective = text.train.batch(torch.arange(4)), DistilledMaskedLM(text, teacher=teacher)
     made = objective(model, batch, torch.Generator().manual_seed(0))
-    masked, _ = objective.masked(batch, torch.Generator().manual_seed(0))
+    masked, _ = objective.task.masked(batch, torch.Generator().manual_seed(0))
     places = torch.arange(masked["input_ids"].shape[1])[None]
     states = [[m.embedding(masked, places), *m(masked, hiddens=True).hiddens] for m in (model, teacher)]
     expected = sum(torch.nn.functional.mse_loss(a, b) for a, b in zip(*states, strict=True)) / 3

@@ -46,7 +46,6 @@ NEEDS_HEAD = {
     "recall": "lm",
     "answers": "lm",
     "masked-lm": "lm",
-    "distilled-masked-lm": "lm",
     "language-modeling": "lm",
     "classification": "classifier",
     "chain-search": "classifier",
@@ -85,6 +84,8 @@ CAUSAL = (
     "token-routing",
 )
 """Stages that score the next token."""
+CONTAINED = {"distillation": "", "filters": "classification", "distilled-masked-lm": "masked-lm"}
+"""Objectives that contain another one, which has the needs; the one where `task` names none."""
 OF_A_LOSS = ("taylor", "gradient-norm", "layer-drop")
 """Scores of layers and weights that need an objective."""
 
@@ -260,14 +261,9 @@ def _check_optimizer(spec: OptimizerSpec) -> None:
 
 
 def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
-    if stage.what == "cache-reconstruction" and not _shrunk(spec):
-        raise BadInput("cache-reconstruction trains the factors of a shrunk cache: make them first (edit: shrink-cache)")
     what = stage.what
-    if isinstance(stage.spec, TrainSpec) and what in ("distillation", "filters"):
-        # The objective contains another one, which has the needs.
-        what = str(stage.spec.options.get("task", "classification" if what == "filters" else ""))
-        if stage.what == "filters" and spec.filters is None:
-            raise BadInput("the objective filters trains a model's filters, and this one has none: put edit: add-filters before it")
+    if isinstance(stage.spec, TrainSpec) and what in CONTAINED:
+        what = str(stage.spec.options.get("task", CONTAINED[what]))
     need = NEEDS_HEAD.get(what)
     if need is None:
         return
@@ -296,12 +292,6 @@ def _measured_by(stage: Stage) -> str | None:
     """The objective whose loss or gradients an edit or analysis will look at, if it does."""
     chosen = [stage.options[name] for name in ("by", "adapt") if name in stage.options]
     return stage.options.get("objective") if not chosen or any(by in OF_A_LOSS for by in chosen) else None
-
-
-def _shrunk(spec: ModelSpec) -> bool:
-    """Whether some layer keeps thin features of keys and values."""
-    layers = spec.stack.layers if isinstance(spec.stack, StackSpec) else ()
-    return any(layer.cache is not None and layer.cache.kind == "low-rank" for layer in layers)
 
 
 def _builtin(plan: Plan) -> str | None:

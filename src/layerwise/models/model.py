@@ -41,7 +41,7 @@ class Output:
 
     Attributes:
         hidden: the (last) stack's output, (b, s, width) or (b, c, h, w).
-        hiddens: every layer's output, if `hiddens=True` was asked for.
+        hiddens: every layer's output, if `hiddens=True` was asked for. entered: what the first of them got, then.
         memory: the encoder's output, in an encoder-decoder.
         ends: (b,) where each text ends, for a head that pools there.
     """
@@ -52,6 +52,7 @@ class Output:
     hiddens: tuple[Tensor, ...] | None = None
     memory: Tensor | None = None
     ends: Tensor | None = None
+    entered: Tensor | None = None
 
     @property
     def pooled(self) -> Tensor:
@@ -132,7 +133,7 @@ class Model(nn.Module):
                 the nodes of graphs (`layerwise.models.graph.graph_batch`); or
                 `input_values` (b, samples) with optional `attention_mask` (b, samples) and `mask_time_indices` (b, frames; True = hidden);
                 or `input_features` (b, mels, frames). An encoder-decoder also reads `decoder_input_ids` and `decoder_attention_mask`.
-            hiddens: keep every layer's output in `Output.hiddens`.
+            hiddens: keep every layer's output in `Output.hiddens`, and what the first one got in `Output.entered`.
             cache: keys and values of earlier positions (of the decoder, in an encoder-decoder).
             memory: the encoder's output, when it is known already.
             source_around: what wraps the layers of an encoder-decoder's encoder; `around` wraps those of its decoder.
@@ -142,23 +143,26 @@ class Model(nn.Module):
             Output. Its logits are computed only when read.
         """
         kept: list[Tensor] = []
+        entered: Tensor | None = None
         if hiddens:
 
             def keep(i: int, layer: nn.Module, x: Tensor, ctx: Context, call: Any) -> Tensor:
+                nonlocal entered
+                entered = x if entered is None else entered
                 kept.append(call(x, ctx))
                 return kept[-1]
 
             context["around"] = (keep, *context.get("around", ()))  # outermost: what the next layer gets
         if self.decoder is None:
             hidden, mask = self._run(self.embedding, self.stack, batch, cache, context)
-            return Output(hidden, self, mask, tuple(kept) or None, ends=self._ends(batch))
+            return Output(hidden, self, mask, tuple(kept) or None, ends=self._ends(batch), entered=entered)
         mask = self._source_mask(batch)
         if memory is None:
             memory, _ = self._run(self.embedding, self.stack, batch, None, {"around": source_around})
         target = {"input_ids": batch["decoder_input_ids"], "attention_mask": batch.get("decoder_attention_mask")}
         context |= {"memory": memory, "memory_mask": mask}
         hidden, mask = self._run(self.target or self.embedding, self.decoder, target, cache, context)
-        return Output(hidden, self, mask, tuple(kept) or None, memory)
+        return Output(hidden, self, mask, tuple(kept) or None, memory, entered=entered)
 
     def _run(
         self, embedding: nn.Module, stack: Stack, batch: Mapping[str, Any], cache: Cache | None, context: dict[str, Any]

@@ -13,7 +13,7 @@ OBJECTIVES = {
     "router-lm": "layerwise.objectives.routing:RouterLM",
     "masked-units": "layerwise.objectives.masked_units:MaskedUnits",
     "masked-lm": "layerwise.objectives.language:MaskedLM",
-    "distilled-masked-lm": "layerwise.objectives.masked_distill:DistilledMaskedLM",
+    "distilled-masked-lm": "layerwise.objectives.distill:DistilledMaskedLM",
     "classification": "layerwise.objectives.classification:Classification",
     "distillation": "layerwise.objectives.distill:Distillation",
     "filters": "layerwise.objectives.filters:FilterTraining",

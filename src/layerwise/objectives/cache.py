@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from layerwise.analyze.findings import Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.attention import Attention
 from layerwise.nn.caches.blocks import as_stored
 from layerwise.nn.linears.shrunk import Shrunk
 from layerwise.objectives.loss import Loss
 from layerwise.objectives.objective import Objective
 from layerwise.stack.record import inputs_of
+
+NONE_SHRUNK = "cache-reconstruction trains the factors of a shrunk cache: make them first (edit: shrink-cache)"
 
 
 class CacheReconstruction(Objective):
@@ -32,6 +35,13 @@ class CacheReconstruction(Objective):
     def __init__(self, data: Any = None) -> None:
         super().__init__()
         self.trained: list[tuple[nn.Parameter, bool]] = []
+
+    @staticmethod
+    def check(spec: ModelSpec) -> None:
+        """Raises BadInput: no layer keeps thin features."""
+        caches = [getattr(layer, "cache", None) for layer in spec.stack.layers]
+        if not any(cache is not None and cache.kind == "low-rank" for cache in caches):
+            raise BadInput(NONE_SHRUNK)
 
     def attach(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """Freeze everything but the factors; `finish` undoes it."""
@@ -77,7 +87,7 @@ def _attentions(model: nn.Module) -> list[Any]:
     """The attention of every layer that keeps thin features, first layer first."""
     found = [m for m in model.modules() if isinstance(m, Attention) and isinstance(m.k, Shrunk) and not m.cross]
     if not found:
-        raise BadInput("cache-reconstruction trains the factors of a shrunk cache: make them first (edit: shrink-cache)")
+        raise BadInput(NONE_SHRUNK)
     return found
 
 

@@ -46,6 +46,7 @@ class Distillation(Objective):
         teacher: a checkpoint's folder; in a job also `stage:NAME`, the model as that stage left it.
         task: the student's own objective beside it (None: none). task_options: of that objective.
         hidden: weight of L_hidden. pairs: see `layerwise.objectives.pairing`.
+        embedding: what enters the first layer is a pair too, beside those of `pairs`.
         predict: teacher layers, counted as everywhere from 0 for the lowest layer's output (a paper's layer l is l - 1 here).
         distance, cosine: see `layerwise.objectives.distances`. padding: positions that are padding count too, as in TED's code.
         logits: weight of L_logits. temperature: both distributions are softened by it.
@@ -61,6 +62,7 @@ class Distillation(Objective):
         task_options: dict[str, Any] | None = None,
         hidden: float = 0.0,
         pairs: Pairs = None,
+        embedding: bool = False,
         predict: Sequence[int] | None = None,
         distance: Distance = "mse",
         cosine: float = 1.0,
@@ -76,11 +78,14 @@ class Distillation(Objective):
             raise BadInput(f"hidden, logits and near are weights >= 0, one of them or a task is needed; got {hidden}, {logits} and {near}")
         if temperature <= 0:
             raise BadInput(f"temperature is above 0; it is {temperature}")
-        if predict is not None and (pairs is not None or not predict):
-            raise BadInput("predict names teacher layers that heads on the student's last layer predict: name some, and leave pairs out")
+        if predict is not None and (pairs is not None or embedding or not predict):
+            raise BadInput(
+                "predict names teacher layers that heads on the student's last layer predict: name some, and leave pairs and embedding out"
+            )
         self.teacher = Teacher(teacher)
         self.task = TASKS[task](data, **(task_options or {})) if task is not None else None
-        self.hidden, self.pairs, self.predict, self.distance, self.cosine = hidden, pairs, predict, distance, cosine
+        self.hidden, self.pairs, self.embedding, self.predict = hidden, pairs, embedding, predict
+        self.distance, self.cosine = distance, cosine
         self.padding, self.logits, self.temperature = padding, logits, temperature
         self.near, self.radius, self.hinge = near, radius, hinge
         self.heads: PredictionHeads | None = None
@@ -102,7 +107,7 @@ class Distillation(Objective):
             self.heads = PredictionHeads(model.spec.stack.width, outer, len(self.predict)).to(model.device)
 
     def forward(self, model: Any, batch: Mapping[str, Any], generator: torch.Generator | None = None, **context: Any) -> Loss:
-        inner = bool(self.hidden) and (self.predict is not None or self.pairs is not None or model.filters is not None)
+        inner = bool(self.hidden) and (self.predict is not None or self.pairs is not None or self.embedding or model.filters is not None)
         student = Overheard(model, hiddens=inner)
         loss = self.task(student, batch, generator, **context) if self.task is not None else None
         ours = student.output if loss is not None else student(batch, **context)
@@ -139,6 +144,8 @@ class Distillation(Objective):
             couples = list(zip(self.heads(ours.hidden), [(theirs.hiddens or ())[i] for i in self.predict], strict=True))
         else:
             couples = paired(ours, theirs, self.pairs)
+            if self.embedding and ours.entered is not None and theirs.entered is not None:
+                couples.append((ours.entered, theirs.entered))
         mask = None if self.padding or ours.mask is None or ours.hidden.dim() != 3 else ours.mask
         means = []
         for a, b in couples:
@@ -173,6 +180,24 @@ class LogitDistillation(Distillation):
 
     def __init__(self, data: Any = None, *, teacher: str, temperature: float = 1.0) -> None:
         super().__init__(data, teacher=teacher, logits=1.0, temperature=temperature)
+
+
+class DistilledMaskedLM(Distillation):
+    """Masked tokens are predicted, and every hidden state, the embedding's among them, is drawn to the teacher's.
+
+    Student and teacher have the same depth and width. Source: Xing et al. 2024, "BiPFT" (arXiv 2312.08937), without its
+    next-sentence terms (this data has no sentence pairs) and with the teacher's dropout off.
+
+    Args:
+        teacher: see `Distillation`. weight: of the distances. rate: share of tokens to predict.
+    """
+
+    def __init__(self, data: Any, *, teacher: str, weight: float = 1.0, rate: float = 0.15) -> None:
+        super().__init__(data, teacher=teacher, task="masked-lm", task_options={"rate": rate}, hidden=weight, pairs="all", embedding=True)
+
+    @staticmethod
+    def check_teacher(options: Mapping[str, Any], student: ModelSpec, teacher: ModelSpec) -> None:
+        Distillation.check_teacher({"hidden": 1.0, "pairs": "all"}, student, teacher)
 
 
 def paired(ours: Output, theirs: Output, pairs: Pairs) -> list[Couple]:

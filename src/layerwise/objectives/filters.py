@@ -13,6 +13,7 @@ from layerwise.analyze.findings import Findings
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
 from layerwise.models.heads import LMHead, pool
+from layerwise.models.spec import ModelSpec
 from layerwise.objectives.cross_entropy import linear_cross_entropy
 from layerwise.objectives.language import next_tokens
 from layerwise.objectives.loss import Loss
@@ -42,9 +43,14 @@ class FilterTraining(Objective):
         self.heads: nn.ModuleDict | None = None
         self._frozen: list[nn.Parameter] = []
 
+    @staticmethod
+    def check(spec: ModelSpec) -> None:
+        """Raises BadInput: the model has no filters."""
+        if spec.filters is None:
+            raise BadInput("the objective filters trains a model's filters, and this one has none: put edit: add-filters before it")
+
     def attach(self, model: Any, batch: Mapping[str, Any]) -> None:
-        if model.filters is None:
-            raise BadInput("the objective filters trains a model's filters, and this one has none: edit: add-filters")
+        self.check(model.spec)
         words = isinstance(model.head, LMHead)
         if words != (self.task == "causal-lm"):
             raise BadInput(f"task {self.task} needs a head of kind {'lm' if self.task == 'causal-lm' else 'classifier'}")
