@@ -7,9 +7,10 @@ import torch
 
 import layerwise as lw
 from layerwise.analyze.groups import GroupScore, group_scores
-from layerwise.analyze.importance import neuron_importance
+from layerwise.analyze.importance import input_magnitudes, neuron_importance
 from layerwise.errors import BadInput
 from layerwise.objectives.language import CausalLM
+from layerwise.stack.record import inputs_of
 
 LAYER = {"causal": True, "position": "rotary", "ffn": "swiglu", "heads": 4, "kv_heads": 2, "ffn_width": 12}
 
@@ -120,3 +121,17 @@ def test_the_table_says_how_the_scores_are_spread(text):
     assert [row[:2] for row in found.tables[0].rows] == [[0, 2], [1, 2]] and 0.5 <= found.metrics["upper_half_share"] <= 1
     scores = group_scores(_model(), text, "taylor", samples=8)
     assert found.matrices[0].values == [g.tolist() for g in scores.groups]
+
+
+def test_input_magnitudes_are_means_over_real_positions(text):
+    model = _model()
+    ids = text.train.batch(torch.arange(3))["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    read = {"q": model.stack.layers[0].mixer.branch.q, "down": model.stack.layers[1].ffn.branch.down}
+    seen = {}
+    with inputs_of(read, seen.__setitem__), torch.no_grad():
+        model({"input_ids": ids, "attention_mask": mask})
+    found = input_magnitudes(model, read, [{"input_ids": ids[:2], "attention_mask": mask[:2]}, {"input_ids": ids[2:]}])
+    for name, x in seen.items():
+        torch.testing.assert_close(found[name], x[mask.bool()].double().abs().mean(dim=0))

@@ -190,6 +190,10 @@ def test_the_curve_between_a_network_and_itself_in_another_order_is_flat_and_a_p
     assert found.metrics == {"curve_best": 1.0, "curve_weight": 0.0, "curve_mean": 1.0, "curve_ends": 1.0}
     plain = fusion_curve(net, data, other=other, match="none", weights=(0.0, 0.5, 1.0))
     assert plain.metrics["curve_ends"] == 1.0 and plain.tables[0].rows[1][1] < 0.9
+    good, bad = net, _net((40, 30), seed=7)  # the labels are the first network's
+    for here, there in ((good, bad), (bad, good)):
+        both = fusion_curve(here, data, other=there, weights=(0.5,)).metrics
+        assert both["curve_ends"] == 1.0 > min(classification(n, data).metrics["accuracy"] for n in (good, bad))
     wide = fusion_curve(_net((12, 9)), data, other=_net((24, 18), seed=3), samples=64, weights=(1.0,))
     assert wide.metrics["curve_best"] == classification(_net((12, 9)), data).metrics["accuracy"]
     with pytest.raises(BadInput, match="weights lie in"):

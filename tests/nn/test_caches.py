@@ -212,6 +212,34 @@ def test_heavy_hitters_are_those_most_attended() -> None:
             assert store.numbers[0, head].tolist() == best
 
 
+def test_heavy_hitters_add_up_over_steps() -> None:
+    """Against a loop for the lowest layer, whose full attention, restricted to what is kept and rescaled, is the attention of a step."""
+    model, ids = _model({"kind": "heavy", "window": 4, "heavy": 3}, seed=2), _ids(1, 40)
+    prompt = 12
+    with torch.no_grad():
+        full = lw.record(model, {"input_ids": ids}, attention=[0]).attention[0][0].unflatten(0, (2, 2))  # key head, its query heads
+        cache = Cache()
+        model({"input_ids": ids[:, :prompt]}, cache=cache)
+        for step in range(prompt, 40):
+            model({"input_ids": ids[:, step : step + 1]}, cache=cache)
+        for head in range(2):
+            sums = {t: float(full[head, :, :prompt, t].sum()) for t in range(prompt)}
+            sums = _kept(sums, prompt)
+            for step in range(prompt, 40):
+                keys = [*sums, step]
+                given = full[head, :, step, keys] / full[head, :, step, keys].sum(dim=1, keepdim=True)
+                sums = _kept({t: sums.get(t, 0.0) + float(given[:, j].sum()) for j, t in enumerate(keys)}, step + 1)
+            store: Any = cache._stores[0, 0]
+            assert store.numbers[0, head].tolist() == sorted(sums)
+            torch.testing.assert_close(store.sums[0, head], torch.tensor([sums[t] for t in sorted(sums)]))
+
+
+def _kept(sums: dict[int, float], seen: int) -> dict[int, float]:
+    newest = [t for t in sums if t >= seen - 4]
+    best = sorted((t for t in sums if t < seen - 4), key=lambda t: -sums[t])[:3]
+    return {t: sums[t] for t in sorted([*best, *newest])}
+
+
 def test_the_first_and_the_newest() -> None:
     """Positions that a cache of kind recent holds after every step."""
     model, ids = _model({"kind": "recent", "window": 6, "sinks": 2}), _ids(1, 30)

@@ -22,6 +22,7 @@ from layerwise.plan.knapsack import solve
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
 from layerwise.plan.search import Candidate, Space, check_reachable, learned
 from layerwise.plan.size import LayerBytes, model_bytes
+from layerwise.plan.trials import mean
 from layerwise.stack.surgery import keep, replace
 
 HOW = How(samples=4, batch=4, group=32)
@@ -117,6 +118,10 @@ def test_thinned_states_stay_within_the_budget_and_near_the_best() -> None:
 
 
 # --- sensitivities
+
+
+def test_a_mean_loss_counts_every_token_once() -> None:
+    assert mean([(4.0, 2), (9.0, 3)]) == 13 / 5
 
 
 def test_a_damage_is_what_the_model_does_with_one_layer_changed(text: Any) -> None:
