@@ -158,7 +158,7 @@ def test_layer_tokens_are_the_closed_sum_and_drive_the_learning_rate():
     for run.step in range(20):
         policy.before_step(run)
         assert run.clock == pytest.approx(consumed[run.step] / consumed[20] * 20)
-    assert policy.findings().metrics["layer_tokens"] == consumed[20]
+    assert policy.findings().metrics == {"layer_token_share": consumed[20] / (16 * 4 * 20)}
     plain, run = _policy(model, total=20, keep=16, full_at=0.0)
     schedule = ScheduleSpec("cosine", warmup=4)
     for run.step in range(20):
@@ -170,8 +170,10 @@ def test_it_trains_and_says_what_it_saved(text):
     model = build(
         model_spec({"embedding": {"vocab": text.vocab}, "stack": {"depth": 3, "width": 16, "layer": {"heads": 2, "causal": True}}}), 0
     )
-    trained = train(model, text, TrainSpec("causal-lm", steps=6, batch=4, policies=({"name": "random-ltd", "keep": 8},)))
-    assert 0.6 < trained.findings.metrics["layer_token_share"] < 1
+    policies = ({"name": "random-ltd", "keep": 8}, {"name": "layer-cost"})
+    found = train(model, text, TrainSpec("causal-lm", steps=6, batch=4, policies=policies)).findings.metrics
+    assert 0.6 < found["layer_token_share"] < 1
+    assert found["layer_tokens"] == found["layer_token_share"] * 6 * 4 * text.train.tokens_per_row * 3
     with pytest.raises(BadInput, match="no layer to drop tokens in"):
         RandomLTD().start(SimpleNamespace(model=_model(depth=2), data=None))
     with pytest.raises(BadInput, match="keeps 64 tokens of rows that have 16"):

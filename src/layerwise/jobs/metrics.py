@@ -43,7 +43,7 @@ POLICIES: dict[str, tuple[str, ...]] = {
     "ledger": ("param_bytes", "grad_bytes", "optimizer_bytes", "activation_bytes", "state_bytes", "train_flops"),
     "loqt": ("update_bytes",),
     "per-layer-updates": (),
-    "random-ltd": ("layer_tokens", "layer_token_share"),
+    "random-ltd": ("layer_token_share",),
     "capacity-rates": (),
     "importance-rates": (),
     "restart-adapters": (),

@@ -109,7 +109,5 @@ class RandomLTD(Policy):
         return self._drawn[position]
 
     def findings(self) -> Findings:
-        """Layer-tokens of one row over the stage, and their share of what no dropping would have cost."""
-        if not self._consumed:
-            return Findings()
-        return Findings({"layer_tokens": float(self._consumed[-1]), "layer_token_share": self._consumed[-1] / self._whole})
+        """The share of the layer-tokens that no dropping would have cost; the policy `layer-cost`, named after this one, counts them."""
+        return Findings({"layer_token_share": self._consumed[-1] / self._whole} if self._consumed else {})
