@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layerwise.errors import BadInput
-from layerwise.jobs.merge import changed, merged, setting
+from layerwise.jobs.merge import alike, changed, merged, setting
 
 keys = st.text("abcd", min_size=1, max_size=2)
 plain = st.recursive(
@@ -131,3 +131,23 @@ def test_setting_is_a_path_and_a_value_in_yaml(text: str, expected: tuple[str, A
 def test_setting_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="--set"):
         setting(text)
+
+
+def test_a_stage_like_another_is_that_one_with_its_own_keys_laid_over_it() -> None:
+    stages = {
+        "a": {"train": "x", "steps": 9, "optimizer": {"lr": 1, "name": "sgd"}},
+        "b": {"like": "a", "steps": 2, "optimizer": {"lr": 3}},
+    }
+    found = alike(stages, {})
+    assert list(found) == ["a", "b"] and found["a"] == stages["a"]
+    assert found["b"] == {"train": "x", "steps": 2, "optimizer": {"lr": 3, "name": "sgd"}}
+    # One that a variant takes out is found among the job's; one that it changes is meant as changed.
+    assert alike({"b": stages["b"]}, {"a": stages["a"]}) == {"b": found["b"]}
+    assert alike({"c": {"edit": "y"}, "a": {"like": "a", "steps": 1}}, {"a": stages["a"]})["a"] == {**stages["a"], "steps": 1}
+    assert alike({"a": {"edit": "y"}, "b": {"like": "a"}}, {"a": stages["a"]})["b"] == {"edit": "y"}
+
+
+@pytest.mark.parametrize("name", ["aa", "b", "c"])
+def test_a_stage_is_not_like_what_is_not_there_or_not_written_out(name: str) -> None:
+    with pytest.raises(BadInput, match=r"stages.b.like: the name of a stage that has one of train"):
+        alike({"a": {"train": "x"}, "b": {"like": name}, "c": {"like": "a"}}, {})

@@ -9,6 +9,7 @@ import yaml
 
 from layerwise.errors import BadInput
 from layerwise.jobs.yamlfile import parsed_yaml
+from layerwise.table import nearest
 
 VERBS = ("train", "edit", "analyze", "evaluate", "generate", "export")
 
@@ -65,6 +66,25 @@ def merged(old: Any, new: Any) -> Any:
     if any(verb in new and old.get(verb) != new[verb] for verb in VERBS):
         return copy.deepcopy(new)
     return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
+
+
+def alike(stages: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """`stages` with each that has `like: NAME` laid over the stage it names: another of them, or one of `before`.
+
+    Raises:
+        BadInput: there is no such stage, or it is like another itself.
+    """
+    found = {}
+    for name, stage in stages.items():
+        if isinstance(stage, dict) and "like" in stage:
+            known = before | {other: plain for other, plain in stages.items() if other != name}
+            other = known.get(str(stage["like"]))
+            if not isinstance(other, dict) or "like" in other:
+                close = nearest(stage["like"], known)
+                raise BadInput(f"stages.{name}.like: the name of a stage that has one of {', '.join(VERBS)}; got '{stage['like']}'.{close}")
+            stage = merged(other, {key: value for key, value in stage.items() if key != "like"})
+        found[name] = stage
+    return found
 
 
 def setting(text: str) -> tuple[str, Any]:

@@ -17,7 +17,7 @@ from layerwise.data.spec import DataSpec
 from layerwise.edit import EDITS
 from layerwise.errors import BadInput
 from layerwise.evaluate import EVALUATIONS
-from layerwise.jobs.merge import VERBS, changed, merged
+from layerwise.jobs.merge import VERBS, alike, changed, merged
 from layerwise.jobs.metrics import is_among, measurable
 from layerwise.jobs.reach import Reach
 from layerwise.jobs.yamlfile import read_yaml
@@ -295,24 +295,25 @@ def _varied(variant: str, base: dict[str, Any], change: dict[str, Any]) -> Plan:
             )
     data = changed(base, change, where)
     try:
-        return _plan(variant, data)
+        return _plan(variant, data, base["stages"])
     except BadInput as error:
         if not change or str(error).startswith(where):
             raise
         try:
-            _plan(variant, base)
+            _plan(variant, base, base["stages"])
         except BadInput as plain:
             if str(plain) == str(error):
                 raise
         raise BadInput(f"{where}: {error}") from error
 
 
-def _plan(variant: str, data: dict[str, Any]) -> Plan:
+def _plan(variant: str, data: dict[str, Any], before: dict[str, Any]) -> Plan:
+    """A variant's plan from its plain data; `before` are the job's stages, which it may have taken out."""
     for section in VARIED:
         if not isinstance(data[section], dict):
             raise BadInput(f"{section}: a mapping is expected (got {str(data[section])[:80]!r})")
     data = _texts_as_keys(data)
-    stages = tuple(_with_source(name, value, data["data"]) for name, value in data["stages"].items())
+    stages = tuple(_with_source(name, value, data["data"]) for name, value in alike(data["stages"], before).items())
     if not stages:
         raise BadInput(f"variants.{variant}: no stage is left")
     return Plan(variant, parsed(_adapter(DataSpec), data["data"], "data"), _model(data["model"]), stages)
