@@ -14,7 +14,7 @@ from layerwise.evaluate.continuation import continuation, jaccard_distance, left
 from layerwise.infer.generate import generate
 from layerwise.infer.routes import decisions
 from layerwise.models.hf import export_hf, import_hf
-from layerwise.models.model import build
+from layerwise.models.model import build, rebuilt
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.nn.sequence_router import GATING, Gating
@@ -187,10 +187,40 @@ def test_continuation_measures_what_is_said(pairs):
     assert found.metrics["bleu"] == pytest.approx((found.metrics["turn_bleu"] + found.metrics["copy_bleu"]) / 2)
 
 
+def test_every_prompt_skips_the_layers_its_routers_give_least(pairs):
+    model = _scattered(lw.edit.route_layers(_base(), bias=0.0, layers=["1:"]))
+    every = pairs.validation.batch(torch.arange(len(pairs.validation)))
+    open_ = Gating(threshold=-1.0)
+    with torch.no_grad():
+        model(every, extras={GATING: open_})
+    runs = decisions(model, every, skip=0.4)
+    assert (runs.sum(dim=1) == 3).all() and runs[:, 0].all() and len(runs.unique(dim=0)) > 1
+    for r, row in enumerate(runs[:, 1:]):  # who is skipped has less than who runs
+        rho = torch.stack([open_.means[i][r] for i in range(1, DEPTH)])
+        assert rho[~row].max() <= rho[row].min()
+    other = {**every, "input_ids": torch.where(every["prompt_mask"].bool(), every["input_ids"], 9)}
+    assert torch.equal(decisions(model, other, skip=0.4), runs)
+    found = continuation(model, pairs, batch=7, skip=0.4)
+    assert found.metrics["layers_run"] == 3
+    given = {GATING: Gating(decisions=dict(enumerate(runs.T)))}
+    assert found.metrics["val_loss"] == pytest.approx(CausalLM()(model, every, extras=given).mean.item(), rel=1e-5)
+    # Greedy texts under given decisions are those of each prompt's sub-network.
+    plain = rebuilt(model, _base().spec)
+    ids = every["input_ids"][:, :4]
+    made = generate(model, ids, new=5, extras=given)
+    paths = [row.nonzero().squeeze(1).tolist() for row in runs]
+    assert torch.equal(made, torch.cat([generate(plain, ids[r : r + 1], new=5, path=path) for r, path in enumerate(paths)]))
+    assert torch.equal(decisions(model, every, skip=0.0), torch.ones_like(runs))
+    with pytest.raises(BadInput, match="skip 1 is 5 of 5 layers, and 4 have a router"):
+        continuation(model, pairs, skip=1.0)
+    with pytest.raises(BadInput, match="attach them first"):
+        continuation(_base(), pairs, skip=0.2)
+
+
 def test_a_model_that_answers_rightly_has_full_marks(pairs, monkeypatch):
     answers = pairs.validation.batch(torch.arange(len(pairs.validation)))
 
-    def oracle(model, ids, *, new, stop, attention_mask):
+    def oracle(model, ids, *, new, stop, attention_mask, extras):
         made = torch.full((len(ids), ids.shape[1] + new), stop)
         for r, (row, mask) in enumerate(zip(ids, attention_mask, strict=True)):
             prompt = row[mask.bool()]

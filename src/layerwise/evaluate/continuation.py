@@ -17,11 +17,19 @@ from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.infer.generate import generate
 from layerwise.infer.routes import decisions
 from layerwise.models.model import Model
+from layerwise.nn.sequence_router import GATING, Gating
 from layerwise.objectives.language import next_tokens
 
 
 def continuation(
-    model: Model, data: Any, *, split: str = "validation", batch: int = 32, batches_at_most: int | None = None, new: int | None = None
+    model: Model,
+    data: Any,
+    *,
+    split: str = "validation",
+    batch: int = 32,
+    batches_at_most: int | None = None,
+    new: int | None = None,
+    skip: float | None = None,
 ) -> Findings:
     """Greedy cached decoding of the prompts of a split until the end token, against the targets.
 
@@ -32,6 +40,8 @@ def continuation(
 
     Args:
         new: longest continuation in tokens (None: what `data.length` leaves room for).
+        skip: for a model with routers: the share of all layers that each prompt skips, see `layerwise.infer.routes.decisions` (None: the
+            routers go by their thresholds).
 
     Raises:
         BadInput: the data has no prompts with targets.
@@ -45,19 +55,20 @@ def continuation(
     loss = seconds = 0.0
     with inference(model):
         for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
+            ids, mask = left_padded(rows["input_ids"], rows["prompt_mask"].bool())
+            runs_here = decisions(model, {"input_ids": ids, "attention_mask": mask.long()}, skip=skip)
+            extras = {} if skip is None else {GATING: Gating(decisions=dict(enumerate(runs_here.T)))}
             target = next_tokens(rows)
-            scores = model(rows).logits[:, :-1][target != -100].float()
+            scores = model(rows, extras=extras).logits[:, :-1][target != -100].float()
             labels = target[target != -100]
             loss += torch.nn.functional.cross_entropy(scores, labels, reduction="sum").item()
             right += int((scores.argmax(dim=-1) == labels).sum())
             count += len(labels)
-            ids, mask = left_padded(rows["input_ids"], rows["prompt_mask"].bool())
             room = new or rows["input_ids"].shape[1] - int(rows["prompt_mask"].sum(dim=1).min())
             began = time.perf_counter()
-            made = generate(model, ids, new=room, stop=data.eos_id, attention_mask=mask.long())[:, ids.shape[1] :]
+            made = generate(model, ids, new=room, stop=data.eos_id, attention_mask=mask.long(), extras=extras)[:, ids.shape[1] :]
             tokens += int((made != data.eos_id).sum())  # waits for the device
             seconds += time.perf_counter() - began
-            runs_here = decisions(model, {"input_ids": ids, "attention_mask": mask.long()})
             texts = data.tokenizer.decode_batch([_until(row, data.eos_id) for row in made.tolist()])
             answers = data.tokenizer.decode_batch([_until(row[row != -100].tolist(), data.eos_id) for row in target])
             for task, text, answer, run in zip(rows["tasks"].tolist(), texts, answers, runs_here, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -25,6 +27,7 @@ def generate(
     start: int | None = None,
     path: list[int] | None = None,
     cache: Cache | None = None,
+    extras: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Int[Tensor, "b s_new"]:
     """Continue `ids` by up to `new` tokens; returns prompts and continuations, rows that stopped early filled with `stop`.
@@ -39,6 +42,7 @@ def generate(
         start: the token before the first of an encoder-decoder's text (None: the one its checkpoint's config names).
         path: layers to run, in order, instead of each once.
         cache: what was read before `ids` (attention_mask covers it too); it goes on from there. None: nothing.
+        extras: what parts of the model look for in `Context.extras`.
         seed: of the sampling.
     """
     if not model.causal:
@@ -58,7 +62,7 @@ def generate(
                 batch = {**source, "decoder_input_ids": fed}
             else:
                 batch = {"input_ids": fed} if mask is None else {"input_ids": fed, "attention_mask": mask}
-            out = model(batch, cache=cache, memory=memory, path=path)
+            out = model(batch, cache=cache, memory=memory, path=path, extras=extras or {})
             memory = out.memory
             out.hidden = out.hidden[:, -1:]
             token = sample(out.logits[:, -1], temperature, top_p, generator)

@@ -18,6 +18,7 @@ from layerwise.edit.adapt import Role
 from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
+from layerwise.infer.routes import skipped
 from layerwise.jobs.options import checked_options
 from layerwise.jobs.references import STAGE, START, check_references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
@@ -280,6 +281,8 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput(f"{what} reads text; this model reads images")
     if stage.what == "continuation" and not plan.data.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
+    if stage.what == "continuation" and stage.options.get("skip") is not None:
+        skipped(spec, stage.options["skip"])
     if stage.what in ("recall", "answers") and _builtin(plan) is not None and plan.data.source.removeprefix("builtin:") not in RECALL:
         raise BadInput(
             f"{stage.what} needs texts that ask something, and {plan.data.source} asks nothing: set data.source to builtin:{', builtin:'.join(RECALL)}"

@@ -37,11 +37,13 @@ class Gating:
         gate: `hard` runs a layer or not. `soft` mixes, token by token, its output and its input, rho layer(x) + (1 - rho) x.
             `straight-through` computes what `hard` does, with the gradient of the mean rho.
         decisions: layer -> (b,) whether each row runs it; with them, no router is asked.
+        threshold: in place of the routers' own.
         rho: layer -> (b, s), where the gate is not hard. means: layer -> (b,) mean rho of the prompt, wherever a router was asked.
     """
 
     gate: Literal["hard", "soft", "straight-through"] = "hard"
     decisions: Mapping[int, Bool[Tensor, " b"]] | None = None
+    threshold: float | None = None
     rho: dict[int, Tensor] = field(default_factory=dict)
     means: dict[int, Tensor] = field(default_factory=dict)
 
@@ -90,7 +92,7 @@ class SequenceRouter(Router):
             runs = gating.decisions[slot[0]].to(x.device)
         else:
             mean = gating.means[slot[0]] = self.mean(self.rho(x), ctx)
-            runs = mean > self.spec.threshold
+            runs = mean > (self.spec.threshold if gating.threshold is None else gating.threshold)
         chosen = runs.nonzero().squeeze(1)
         rows = None if len(chosen) == len(runs) else chosen
         if ctx.cache is not None:
