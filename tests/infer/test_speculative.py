@@ -1,15 +1,18 @@
 """Self-speculative decoding: the exact checks 4 to 8 of card 047, and rows with paths of their own."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scipy import stats
 
+from layerwise.data.load import Split
 from layerwise.edit.adapt import lora
 from layerwise.edit.linears import quantize_nf4
 from layerwise.edit.quantization.quantize import quantize
 from layerwise.errors import BadInput
+from layerwise.evaluate.exits import self_speculation
 from layerwise.infer.generate import generate, probabilities
 from layerwise.infer.paths import generate_along
 from layerwise.infer.speculative import SelfSpeculation, self_speculate
@@ -55,6 +58,29 @@ def test_drafting_ends_where_the_exit_is_unsure_and_costs_no_layer_then():
         layer.register_forward_pre_hook(lambda _m, given, i=i: calls.update({i: 1}))
     self_speculate(model, PROMPT, exit_layer=2, draft=4, confidence=1.0, new=24)
     assert calls == dict.fromkeys(range(4), 24)  # as many as ordinary decoding makes
+
+
+def test_the_evaluation_counts_the_calls_of_layers():
+    model = _model()
+    data = SimpleNamespace(validation=Split({"rows": ROWS[:, :6].numpy()}))
+    options = {"prompts": 3, "prompt": 5, "new": 20, "repeats": 1}
+    counted, most = [], {}
+    for layer in model.stack.layers:
+        layer.register_forward_pre_hook(lambda _m, given: counted.append(1))
+    for pair in ((1, 2), (3, 2)):
+        counted.clear()
+        texts = [self_speculate(model, row, exit_layer=pair[0], draft=pair[1], new=20) for row in ROWS[:3, :5].split(1)]
+        most[pair] = len(counted), texts
+    counted.clear()
+    for row in ROWS[:3, :5].split(1):
+        generate(model, row, new=20)
+    ordinary = len(counted)
+    found = self_speculation(model, data, exits=[1, 3], drafts=[2], **options)
+    calls, texts = min(most.values(), key=lambda one: one[0])
+    assert found.metrics["calls_share"] == pytest.approx(calls / ordinary) and found.metrics["identical"] == 1
+    assert found.metrics["tokens_per_pass"] == pytest.approx(60 / sum(text.rounds for text in texts))
+    assert found.metrics["acceptance"] == pytest.approx(sum(t.accepted for t in texts) / sum(t.drafted for t in texts))
+    assert [row[4] for row in found.tables[0].rows] == pytest.approx([most[pair][0] / ordinary for pair in ((1, 2), (3, 2))])
 
 
 def test_all_layers_accept_every_draft_and_no_draft_is_ordinary_decoding():

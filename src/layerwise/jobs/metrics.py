@@ -100,7 +100,7 @@ EVALUATIONS: dict[str, tuple[str, ...]] = {
     "masked-lm": ("val_loss", "perplexity"),
     "token-routing": ("val_loss", "perplexity", "active_share", "flops_per_token", "flops_share", "ffn_share", "tokens_per_second"),
     "recall": ("recall_accuracy", "answer_loss", "cache_bytes", "cache_share"),
-    "self-speculation": ("speedup", "acceptance", "identical", "tokens_per_second"),
+    "self-speculation": ("acceptance", "tokens_per_pass", "calls_share", "speedup", "identical", "tokens_per_second"),
     "multiple-choice": ("accuracy", "accuracy_normalized", "gold_log_likelihood"),
 }
 
