@@ -81,7 +81,11 @@ def main() -> None:
         "plain_over_transformers": ratio("transformers", "plain"),
         "tokens_per_second": [round(given.new * given.prompts / took["ours", *best], 1) for took, _ in measured],
         "settings": lines,
-        "model": {"layers": models[0].stack.depth, "width": models[0].stack.spec.width, "parameters": sum(p.numel() for p in models[0].parameters())},
+        "model": {
+            "layers": models[0].stack.depth,
+            "width": models[0].stack.spec.width,
+            "parameters": sum(p.numel() for p in models[0].parameters()),
+        },
         "measured": {name: getattr(given, name) for name in ("prompts", "prompt", "new", "repeats", "device", "clock")},
         "environment": {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()},
     }
@@ -90,7 +94,9 @@ def main() -> None:
         KEPT.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _measured(model: Any, prompts: torch.Tensor, settings: list[Any], given: Any) -> tuple[dict[Any, float], dict[Any, tuple[float, float]]]:
+def _measured(
+    model: Any, prompts: torch.Tensor, settings: list[Any], given: Any
+) -> tuple[dict[Any, float], dict[Any, tuple[float, float]]]:
     """Seconds of every contestant for all prompts; for every setting, the share of drafts that stayed and of texts that are ordinary decoding's."""
     with tempfile.TemporaryDirectory() as folder:
         theirs = AutoModelForCausalLM.from_pretrained(export_hf(model, Path(folder) / "hf")).to(given.device).eval()
