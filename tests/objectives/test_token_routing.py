@@ -13,7 +13,7 @@ import layerwise as lw
 from layerwise.data.load import Split, load_data
 from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.errors import BadInput
-from layerwise.evaluate.skipping import token_routing
+from layerwise.evaluate.skipping import Counting, thresholds, token_routing
 from layerwise.nn.token_router import ROUTING
 from layerwise.objectives.token_routing import ByCapacity, TokenRouterLM, annealed, least
 from layerwise.optim.spec import OptimizerSpec
@@ -188,6 +188,37 @@ def test_evaluation_counts_what_runs(text):
     for options in ({"active": "random"}, {"active": "all", "share": 0.5}, {"share": 1.5}):
         with pytest.raises(BadInput):
             token_routing(model, text, **options)
+
+
+def test_every_layer_is_held_to_its_rate_of_training(text, tmp_path):
+    spec = TrainSpec("token-router-lm", {"capacity": 0.4, "anneal": 0}, steps=3, batch=8, optimizer=OptimizerSpec(lr=1e-3))
+    trained = train(_model(), text, spec)
+    model = trained.model
+    kept = [layer.router.capacity.item() for layer in model.stack.layers]
+    assert kept == pytest.approx([row[1] for row in trained.findings.tables[0].rows]) and sum(kept) / 3 == pytest.approx(0.4, abs=0.01)
+    assert max(kept) - min(kept) > 0.05
+    model.stack.layers[1].router.capacity.fill_(1.0)  # an open layer stays open, whatever its logits are
+    numbers = np.random.default_rng(0).integers(6, 262, (96, 32))
+    mixed = SimpleNamespace(train=Split({"rows": numbers[:64]}), validation=Split({"rows": numbers[64:]}))
+    cuts = thresholds(model, mixed, samples=64)
+    assert cuts[1] == -math.inf
+    # On the rows of the calibration the rates are those of training, bottom up, by what training itself chooses.
+    rows = mixed.train.batch(torch.arange(64))
+    by_rank = ByCapacity({0: kept[0], 1: 1.0, 2: kept[2]})
+    counted = Counting(cuts)
+    with torch.no_grad():
+        model(rows, extras={ROUTING: by_rank})
+        model(rows, extras={ROUTING: counted})
+    assert [int(counted.active[i]) for i in range(3)] == [int(by_rank.seen[i].active.sum()) for i in range(3)]
+    found = token_routing(model, mixed, calibrate="layer")
+    shares = [row[1] for row in found.tables[0].rows]
+    assert shares == pytest.approx([kept[0], 1.0, kept[2]], abs=0.06) and shares[1] == 1
+    lw.save(model, tmp_path / "kept")
+    again = token_routing(lw.load(tmp_path / "kept"), mixed, calibrate="layer").metrics
+    assert again["val_loss"] == found.metrics["val_loss"] and again["active_share"] == found.metrics["active_share"]
+    for options in ({"share": 0.5}, {"active": "all"}, {"active": "random", "share": 0.5}):
+        with pytest.raises(BadInput, match="calibrate: layer"):
+            token_routing(model, mixed, calibrate="layer", **options)
 
 
 def test_other_peoples_decoders_are_routed(tmp_path):

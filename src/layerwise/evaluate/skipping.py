@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,10 @@ from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
 from layerwise.nn.token_router import ROUTING, Routing, token_routed
 from layerwise.objectives.language import CausalLM
+from layerwise.objectives.token_routing import quota
 
 Active = Literal["router", "random", "all"]
+Calibrate = Literal["global", "layer"]
 
 
 def token_routing(
@@ -27,6 +30,7 @@ def token_routing(
     *,
     active: Active = "router",
     share: float | None = None,
+    calibrate: Calibrate = "global",
     samples: int = 64,
     split: str = "validation",
     batch: int = 16,
@@ -44,6 +48,8 @@ def token_routing(
         share: of active tokens. For the router, its threshold is moved, the same for all layers, to where on `samples` training rows at
             most this share is active, and stays there: a token's decision still looks at nothing but itself. None: the threshold is 0. Random
             choices need one.
+        calibrate: `layer` gives every layer a threshold of its own instead, at which on those rows it is as active as in training, where the
+            tokens of a batch with the largest logits were. It takes no share.
         seed: of random choices.
 
     Raises:
@@ -52,6 +58,8 @@ def token_routing(
     routed = token_routed(model.spec, "token-routing")
     if (active == "random") != (share is not None) and active != "router":
         raise BadInput("random choices need a share of active tokens, and active: all has none")
+    if calibrate == "layer" and (active != "router" or share is not None):
+        raise BadInput("calibrate: layer takes the share of each layer from training: leave share out, and active: router")
     if share is not None and not 0 < share < 1:
         raise BadInput(f"share lies between 0 and 1; it is {share}")
     with inference(model):
@@ -61,6 +69,8 @@ def token_routing(
             routing = Drawn(share or 0.0, generator)
         elif active == "all":
             routing = Counting(-math.inf)
+        elif calibrate == "layer":
+            routing = Counting(thresholds(model, data, samples))
         elif share is not None:
             routing = Counting(threshold(model, data, share, samples, batch))
         loss = torch.zeros((), dtype=torch.float64, device=model.device)
@@ -119,25 +129,50 @@ def threshold(model: Model, data: Any, share: float, samples: int, batch: int) -
     return high
 
 
-class Counting(Routing):
-    """Tokens whose logit reaches a threshold are active, and are counted."""
+def thresholds(model: Model, data: Any, samples: int) -> dict[int, float]:
+    """For each layer the logit from which on its tokens are active, so that on training rows as many are as when training ended.
 
-    def __init__(self, cut: float, *, keep: bool = False) -> None:
+    Layers below have their thresholds already when a layer's is found. One whose tokens were all active keeps them all.
+    """
+    ranked = Ranked({i: float(model.stack.layers[i].router.capacity) for i in token_routed(model.spec, "token-routing")})
+    for rows in batches(split_of(data, "train"), samples, 1, model.device):
+        _ = model(rows, extras={ROUTING: ranked}).hidden
+    return ranked.cuts
+
+
+class Ranked(Routing):
+    """The tokens of a pass with the largest logits are active, a share of each layer; the least of them is kept."""
+
+    def __init__(self, shares: Mapping[int, float]) -> None:
+        self.shares = shares
+        self.cuts: dict[int, float] = {}
+
+    def choose(self, layer: int, logits: Float[Tensor, "b s"], real: Bool[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
+        among = logits[real]
+        count = quota(self.shares[layer], len(among))
+        self.cuts[layer] = -math.inf if count == len(among) else among.topk(count).values[-1].item()
+        return real & (logits >= self.cuts[layer])
+
+
+class Counting(Routing):
+    """Tokens whose logit reaches a threshold, one for all layers or each layer's, are active, and are counted."""
+
+    def __init__(self, cut: float | Mapping[int, float], *, keep: bool = False) -> None:
         self.cut, self.keep = cut, keep
         self.active: dict[int, Tensor | int] = {}
         self.real: dict[int, int] = {}
         self.logits: list[Tensor] = []
 
     def choose(self, layer: int, logits: Float[Tensor, "b s"], real: Bool[Tensor, "b s"]) -> Bool[Tensor, "b s"]:
-        chosen = real & self._wanted(logits)
+        chosen = real & self._wanted(layer, logits)
         self.active[layer] = self.active.get(layer, 0) + chosen.sum()
         self.real[layer] = self.real.get(layer, 0) + int(real.sum())
         if self.keep:
             self.logits.append(logits[real].float())
         return chosen
 
-    def _wanted(self, logits: Tensor) -> Tensor:
-        return logits >= self.cut
+    def _wanted(self, layer: int, logits: Tensor) -> Tensor:
+        return logits >= (self.cut[layer] if isinstance(self.cut, Mapping) else self.cut)
 
     def uncounted(self) -> Counting:
         """The same rule, with counts of its own."""
@@ -151,7 +186,7 @@ class Drawn(Counting):
         super().__init__(0.0)
         self.share, self.generator = share, generator
 
-    def _wanted(self, logits: Tensor) -> Tensor:
+    def _wanted(self, layer: int, logits: Tensor) -> Tensor:
         return torch.rand(logits.shape, generator=self.generator, device=logits.device) < self.share
 
     def uncounted(self) -> Counting:

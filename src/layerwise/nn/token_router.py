@@ -60,11 +60,22 @@ def token_routed(spec: Any, what: str) -> list[int]:
 
 
 class TokenRouter(Router):
-    """The feed-forward runs on active tokens only; the others pass unchanged and cost nothing."""
+    """The feed-forward runs on active tokens only; the others pass unchanged and cost nothing.
+
+    Attributes:
+        capacity: share of tokens that were active when training ended; 1 before. No pass reads it, calibration may.
+    """
+
+    capacity: Tensor
 
     def __init__(self, width: int, spec: RouterSpec) -> None:
         super().__init__(width, spec)
         self.gap = spec.gap
+        self.register_buffer("capacity", torch.ones(()))
+
+    def initialize(self) -> None:
+        super().initialize()
+        torch.nn.init.ones_(self.capacity)
 
     def routed(
         self, entered: Float[Tensor, "b s width"], x: Float[Tensor, "b s width"], ffn: Any, ctx: Context, layer: int

@@ -107,7 +107,9 @@ class TokenRouterLM(Objective):
             self.coming[at] += (ones.double().mean() - self.coming[at]) / self._micro
 
     def finish(self, model: Any, data: Any) -> Findings:
-        """Where the capacity went."""
+        """Where the capacity went, which the routers keep."""
+        for i, share in self.capacities().items():
+            model.stack.layers[i].router.capacity.fill_(share)
         rows: list[list[Cell]] = [[i, c, int(model.stack.layers[i].spec.added)] for i, c in self.capacities().items()]
         return Findings(tables=[Table("Share of tokens that were active in training", ["layer", "capacity", "added"], rows)])
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
@@ -38,6 +38,7 @@ LAYER: dict[str, tuple[Axis, ...]] = {
     **{f"ffn.branch.{name}": axes for name, axes in FFN.items()},
     "router.weight": ("stream",),
     "router.bias": (),
+    "router.capacity": (),
 }
 OUTSIDE: dict[str, tuple[Axis, ...]] = {
     "embedding.tokens.weight": (None, "stream"), "embedding.positions.weight": (None, "stream"), "embedding.types.weight": (None, "stream"),
@@ -219,4 +220,4 @@ def _cut(tensor: Tensor, axes: tuple[Axis, ...], chosen: Mapping[str, Tensor | N
             made = made.index_select(dim, index.to(made.device))
     if rescale and made.shape[1] != tensor.shape[1]:
         made = made * (tensor.shape[1] / made.shape[1]) ** 0.5
-    return nn.Parameter(made) if made.is_floating_point() else made
+    return made
