@@ -45,7 +45,7 @@ class Planned:
 
     Attributes:
         found: for each target size, in the order given. trials: all that was measured. sensitivity: of every single change. whole: loss of the
-            model as it is, on the rows that plans are chosen by and on those held out. bytes: of the model as it is. ms: its latency.
+            model as it is, on the rows that plans are chosen by and on those held out. bytes: of the model as it is. ms: its latency. healed: its loss on the rows held out after as much training as plans are healed by.
     """
 
     source: str
@@ -55,6 +55,7 @@ class Planned:
     trials: Trials
     sensitivity: Damages
     ms: float | None = None
+    healed: float | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -132,6 +133,7 @@ def plan_model(
         between=healing(heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device),
     )  # fmt: skip
     found = [trials.best(target, int(target * whole), families, ms=target_ms, tries=tries) for target in targets]
+    as_is: Candidate | None = None
     if heal:
         found = [trials.heal(best) for best in found]
         as_is = trials.healed(space.candidate([space.options.index(Choice())] * space.depth, "as it is"))
@@ -144,7 +146,7 @@ def plan_model(
         trials.hold_out(candidate)
     planned = Planned(
         source, whole, (trials.whole, mean(trials.losses(model, "test"))), found, trials, sensitivity,
-        milliseconds(model, work) if work is not None else None, [*notes, note],
+        milliseconds(model, work) if work is not None else None, as_is.held_out if as_is is not None else None, [*notes, note],
     )  # fmt: skip
     for best in found:
         write_file(out / _job_name(best, found), yaml.safe_dump(_job(planned, best, data), sort_keys=False, allow_unicode=True))
@@ -286,7 +288,7 @@ def plan_data(planned: Planned) -> dict[str, Any]:
     ]  # fmt: skip
     return {
         "schema": 1, "model": Path(planned.source).name, "bytes": planned.bytes, "loss": planned.whole[0], "held_out": planned.whole[1],
-        "ms": planned.ms, "latency": None if trials.work is None else dataclasses.asdict(trials.work), "how": dataclasses.asdict(trials.how),
+        "held_out_healed": planned.healed, "ms": planned.ms, "latency": None if trials.work is None else dataclasses.asdict(trials.work), "how": dataclasses.asdict(trials.how),
         "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()],
         "tried": [shown(c) for c in trials.tried.values()],
         "prediction": predictions(trials), "notes": planned.notes, "environment": environment(str(trials.model.device)),
