@@ -151,3 +151,9 @@ def test_a_stage_like_another_is_that_one_with_its_own_keys_laid_over_it() -> No
 def test_a_stage_is_not_like_what_is_not_there_or_not_written_out(name: str) -> None:
     with pytest.raises(BadInput, match=r"stages.b.like: the name of a stage that has one of train"):
         alike({"a": {"train": "x"}, "b": {"like": name}, "c": {"like": "a"}}, {})
+
+
+def test_a_stage_that_is_called_as_a_verb_is_not_taken_for_one() -> None:
+    data = {"stages": {"pretrain": {"train": "x"}, "evaluate": {"evaluate": "y", "batch": 2}}}
+    found = changed(data, {"stages": {"cut": {"edit": "z"}, "evaluate": {"batch": 3}}}, "here")["stages"]
+    assert found == {"pretrain": {"train": "x"}, "cut": {"edit": "z"}, "evaluate": {"evaluate": "y", "batch": 3}}

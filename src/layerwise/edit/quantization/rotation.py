@@ -17,7 +17,7 @@ from layerwise.models.spec import ModelSpec
 from layerwise.nn.norms import ZeroRMSNorm, fill_norm
 from layerwise.stack.spec import StackSpec
 
-Rotation = Literal["hadamard", "random"]
+Rotation = Literal["hadamard", "random", "identity"]
 
 
 def rotate(model: Model, *, kind: Rotation = "hadamard", heads: bool = True, seed: int | None = None) -> Model:
@@ -27,7 +27,7 @@ def rotate(model: Model, *, kind: Rotation = "hadamard", heads: bool = True, see
     head becomes one of its own, as it has the last norm's gain in it.
 
     Args:
-        kind: `hadamard`, one with random signs, or `random`, any orthogonal matrix.
+        kind: `hadamard`, one with random signs; `random`, any orthogonal matrix; `identity`, which moves gains into matrices and turns nothing.
         heads: also turn what each head passes from values to the output matrix, by a Hadamard matrix of the head's size.
         seed: of signs and matrices.
 
@@ -36,11 +36,10 @@ def rotate(model: Model, *, kind: Rotation = "hadamard", heads: bool = True, see
     """
     width = model.spec.stack.width  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(seed or 0)
-    q = orthogonal(width, generator) if kind == "random" else hadamard(width) * _signs(width, generator)[:, None]
-    per_head = None
-    if heads:
-        size = model.stack.layers[0].spec.head_dim if model.stack.depth else 1
-        per_head = orthogonal(size, generator) if kind == "random" else hadamard(size)
+    q = _turn(kind, width, generator)
+    if kind == "hadamard":
+        q = q * _signs(width, generator)[:, None]
+    per_head = _turn(kind, model.stack.layers[0].spec.head_dim if model.stack.depth else 1, generator) if heads else None
     return rotated(model, q, per_head)
 
 
@@ -108,6 +107,12 @@ def preview_rotate(spec: ModelSpec, **_: Any) -> ModelSpec:
         if layer.head_scale == "after":
             raise BadInput(f"rotate: layer {i} scales channels after its output matrix (head_scale after)")
     return dataclasses.replace(preview_merge(spec), head=dataclasses.replace(head, tie=False))
+
+
+def _turn(kind: Rotation, n: int, generator: torch.Generator) -> Float[Tensor, "n n"]:
+    if kind == "identity":
+        return torch.eye(n, dtype=torch.float64)
+    return orthogonal(n, generator) if kind == "random" else hadamard(n)
 
 
 def hadamard(n: int) -> Float[Tensor, "n n"]:

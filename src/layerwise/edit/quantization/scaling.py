@@ -40,13 +40,18 @@ def _scale(linears: list[Any], source: Any, hessian: Tensor, size: Tensor, grid:
     scale = best_scale([m.weight for m in linears], hessian, size, **grid)
     for linear in linears:
         linear.weight.mul_(scale.to(linear.weight.dtype))
-    divided = scale.to(source.weight.dtype)
+    divide(source, scale)
+
+
+def divide(source: Any, scale: Float[Tensor, " out"]) -> None:
+    """Divide what a norm or a linear gives, in place, by one number a channel."""
+    scale = scale.to(source.weight.dtype)
     if isinstance(source, ZeroRMSNorm):
-        source.weight.copy_((1 + source.weight) / divided - 1)
+        source.weight.copy_((1 + source.weight) / scale - 1)
     else:
-        source.weight.div_(divided if source.weight.dim() == 1 else divided[:, None])
+        source.weight.div_(scale if source.weight.dim() == 1 else scale[:, None])
     if getattr(source, "bias", None) is not None:
-        source.bias.div_(divided)
+        source.bias.div_(scale)
 
 
 def best_scale(
