@@ -157,3 +157,6 @@ def test_a_stage_that_is_called_as_a_verb_is_not_taken_for_one() -> None:
     data = {"stages": {"pretrain": {"train": "x"}, "evaluate": {"evaluate": "y", "batch": 2}}}
     found = changed(data, {"stages": {"cut": {"edit": "z"}, "evaluate": {"batch": 3}}}, "here")["stages"]
     assert found == {"pretrain": {"train": "x"}, "cut": {"edit": "z"}, "evaluate": {"evaluate": "y", "batch": 3}}
+    # What says another thing than before replaces a stage whole, in either way.
+    assert merged({"train": "x", "steps": 3}, {"like": "a"}) == {"like": "a"}
+    assert merged({"like": "a", "steps": 3}, {"train": "x"}) == {"train": "x"}

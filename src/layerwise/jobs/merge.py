@@ -64,7 +64,7 @@ def merged(old: Any, new: Any) -> Any:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return copy.deepcopy(new)
     # A stage may be called as a verb is; what a verb does is a text or a list.
-    if any(verb in new and not isinstance(new[verb], dict) and old.get(verb) != new[verb] for verb in VERBS):
+    if any(verb in new and not isinstance(new[verb], dict) and old.get(verb) != new[verb] for verb in (*VERBS, "like")):
         return copy.deepcopy(new)
     return {**old, **{key: merged(old.get(key), value) for key, value in new.items()}}
 
