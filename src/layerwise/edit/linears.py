@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from layerwise.embed.packed import IntegerTable
+from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
@@ -18,12 +21,15 @@ from layerwise.stack.spec import LayerSpec, StackSpec
 
 
 def merge(model: Model) -> Model:
-    """The model with every linear as the dense matrix it stands for: same outputs (up to rounding), everything trainable again."""
+    """The model with every linear, and a packed table of tokens, as the dense matrix it stands for: same outputs (up to rounding),
+    everything trainable again."""
     new = rebuilt(model, preview_merge(model.spec))
     for name, module in model.named_modules():
         if isinstance(module, Linear) and type(module) is not Dense:
             owner, _, leaf = name.rpartition(".")
             setattr(new.get_submodule(owner), leaf, module.merge())
+        elif isinstance(module, IntegerTable):
+            new.get_submodule(name).weight = nn.Parameter(module.matrix())
     return new.train(model.training)
 
 
@@ -37,6 +43,8 @@ def preview_merge(spec: ModelSpec, **_: Any) -> ModelSpec:
         return dataclasses.replace(layer, linears={}, cache=None if thin else layer.cache)
 
     plain = _with_stacks(spec, dense)
+    if isinstance(spec.embedding, TokenSpec) and spec.embedding.table == "packed":
+        plain = dataclasses.replace(plain, embedding=dataclasses.replace(spec.embedding, table="learned"))
     return dataclasses.replace(plain, adapters_only=False)
 
 

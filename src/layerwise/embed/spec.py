@@ -22,8 +22,10 @@ class TokenSpec:
             two); padding uses the last of them.
         size: of the vectors before they are projected to the stack's width (None: no projection). ELECTRA's factorization.
         table: where the token vectors come from: `learned` ones are trained, and so are `one-bit` ones, of whose numbers the sign alone is
-            read, times a scale for each token (`one-bit-packed` keeps these and is not trained), see `layerwise.embed.one_bit`; the
+            read, times a scale for each token (`one-bit-packed` keeps these and is not trained), see `layerwise.embed.one_bit`;
+            `packed` ones are whole numbers on a grid and are not trained, see `layerwise.embed.packed`; the
             others never change, see `layerwise.embed.frozen`: `glyphs`, pictures of the tokens, and `binary`, the digits of their ids.
+        bits, group: of a packed table: bits of a number, 2, 3, 4 or 8, and neighbours in a vector that share a scale (None: all).
         strings: what is drawn for each token id (for glyphs; filled in when the job runs).
         types: number of token types (BERT's segments); 0 has none.
         scale: multiplies the token vectors (Gemma, T5-style models and the first Transformer use sqrt(width)).
@@ -38,7 +40,9 @@ class TokenSpec:
     max_length: int = 512
     offset: int = 0
     size: int | None = None
-    table: Literal["learned", "one-bit", "one-bit-packed", "glyphs", "binary"] = "learned"
+    table: Literal["learned", "one-bit", "one-bit-packed", "packed", "glyphs", "binary"] = "learned"
+    bits: int = 8
+    group: int | None = None
     strings: tuple[str, ...] = ()
     types: int = 0
     scale: float = 1.0
@@ -58,6 +62,8 @@ class TokenSpec:
             raise BadInput(f"norm_eps and std must be >= 0; they are {self.norm_eps} and {self.std}")
         if self.max_length < 1:
             raise BadInput(f"max_length must be at least 1; it is {self.max_length}")
+        if self.bits not in (2, 3, 4, 8) or (self.group is not None and self.group < 1):
+            raise BadInput(f"a packed table has 2, 3, 4 or 8 bits and groups of at least 1 number; got {self.bits} and {self.group}")
         if self.offset < 0 or (self.size is not None and self.size < 1):
             raise BadInput(f"offset must be at least 0 and size at least 1; they are {self.offset} and {self.size}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from layerwise.embed.frozen import FrozenTable, binary_table, glyph_table
 from layerwise.embed.one_bit import OneBitTable, PackedTable
+from layerwise.embed.packed import IntegerTable
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.nn.norms import fill_norm, make_norm
@@ -26,7 +27,11 @@ class TokenEmbedding(nn.Module):
         assert spec.vocab is not None, "the vocabulary size is filled in before a model is built"
         self.spec, self.width = spec, width
         size = spec.size or width
-        self.tokens: Any = TABLES.get(spec.table, FrozenTable)(spec.vocab, size)
+        self.tokens: Any = (
+            IntegerTable(spec.vocab, size, spec.bits, spec.group)
+            if spec.table == "packed"
+            else TABLES.get(spec.table, FrozenTable)(spec.vocab, size)
+        )
         self.positions = nn.Embedding(spec.max_length + spec.offset, size) if spec.position == "learned" else None
         self.types = nn.Embedding(spec.types, size) if spec.types else None
         self.norm = make_norm(spec.norm, size, spec.norm_eps) if spec.norm else None
@@ -56,9 +61,10 @@ class TokenEmbedding(nn.Module):
         for table in (self.tokens, self.positions, self.types):
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=table_std, generator=generator)
-        if isinstance(self.tokens, PackedTable):
-            drawn = torch.empty(len(self.tokens.bits), self.tokens.size, device=generator.device)
-            self.tokens.take(drawn.normal_(std=table_std, generator=generator))
+        if isinstance(self.tokens, PackedTable | IntegerTable):
+            drawn = torch.empty(self.spec.vocab or 0, self.tokens.size, device=generator.device)
+            drawn.normal_(std=table_std, generator=generator)
+            self.tokens.take(drawn) if isinstance(self.tokens, PackedTable) else self.tokens.store(drawn)
         if self.norm is not None:
             fill_norm(self.norm, 1.0)
         if self.project is not None:

@@ -30,6 +30,8 @@ def unreadable(spec: ModelSpec | TwoTowersSpec) -> str | None:
     """Why no family at all could hold a description: a stack is empty, or its weights are not stored as they are."""
     if any(part.filters is not None for part in parts_of(spec)):
         return "it has filters: drop them first (edit: drop-filters)"
+    if any(getattr(part.embedding, "table", "learned") == "packed" for part in parts_of(spec)):
+        return "its table of tokens is packed: merge it first (edit: merge)"
     for where, stack in (pair for part in parts_of(spec) for pair in (("stack", part.stack), ("decoder", part.decoder))):
         if stack is not None and not stack.depth:
             return f"its {where} has no layer"
