@@ -21,7 +21,7 @@ PROSE = "\n\n".join(
     for w in ("crow", "tide")
     for b in ("wall", "hill")
 )
-FEW = {"drop": (True,), "heads": (0.5,), "ffn": (0.5, 0.25), "rank": (0.5, 0.25), "bits": (4, 2)}
+FEW = {"drop": (True,), "heads": (0.5,), "ffn": (0.5, 0.25), "rank": (0.5, 0.25), "bits": (4, 2), "tokens": (8, 4, 2)}
 FAST = ["--rows", "16", "--samples", "8", "--tries", "2", "--length", "24", "--quiet"]
 
 

@@ -20,6 +20,7 @@ from layerwise.plan.choice import FAMILIES, LEVELS, Choice, How, applied, check_
 from layerwise.plan.damage import Damage, Probe, damages
 from layerwise.plan.knapsack import solve
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
+from layerwise.plan.measure import measure_for
 from layerwise.plan.search import Candidate, Space, check_reachable, learned
 from layerwise.plan.size import LayerBytes, model_bytes
 from layerwise.plan.trials import mean
@@ -56,7 +57,7 @@ def test_expected_bytes_are_those_of_the_saved_checkpoint(dtype: torch.dtype, ti
         model = lw.load("decoder", embedding={"vocab": 262}, stack={"depth": 4, "width": 32, "layer": _layer()}, head={"tie": True}).to(
             dtype
         )
-    levels = {name: LEVELS[name] for name in LEVELS}
+    levels = {name: LEVELS[name] for name in LEVELS if name != "tokens"}
     space = Space(model.spec, LayerBytes(dtype), levels, HOW)
     plan = (Choice(heads=0.5, bits=3), Choice(drop=True), Choice(rank=0.5, bits=4), Choice(ffn=0.625, bits=16))
     candidate = space.candidate([space.options.index(c) for c in plan], "")
@@ -128,7 +129,7 @@ def test_a_damage_is_what_the_model_does_with_one_layer_changed(text: Any) -> No
     model = _model(depth=3, seed=1)
     moves = [Choice(drop=True), Choice(bits=2), Choice(ffn=0.5)]
     make = lambda plan: applied(model, text, stages(plan, HOW), 0)  # noqa: E731
-    found = damages(Probe(model, text, samples=8, batch=4, seed=1), moves, make)
+    found = damages(Probe(model, text, measure_for(model, text, ""), samples=8, batch=4, seed=1), moves, make)
     rows = calibration_rows(text, 8, 4, "train", 1, 1, model.device)
 
     def scores(one: Any) -> Any:
@@ -154,12 +155,13 @@ def test_a_damage_is_what_the_model_does_with_one_layer_changed(text: Any) -> No
 
 def test_layers_that_stay_damage_nothing_and_pieces_are_the_whole(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = _model(depth=3)
-    probe = Probe(model, text, samples=8, batch=4)
+    measure = measure_for(model, text, "")
+    probe = Probe(model, text, measure, samples=8, batch=4)
     assert probe.of(list(model.stack.layers)) == [Damage(pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))] * 3
     whole = probe.of([None] * 3)
-    monkeypatch.setattr("layerwise.plan.damage.NUMBERS", 1)  # row by row, and nothing kept
-    pieces = Probe(model, text, samples=8, batch=4)
-    assert pieces._kept is None and pieces.loss == pytest.approx(probe.loss, abs=1e-6)
+    monkeypatch.setattr("layerwise.plan.measure.NUMBERS", 1)  # row by row, and nothing kept
+    pieces = Probe(model, text, measure, samples=8, batch=4)
+    assert pieces.targets[0]._kept is None and pieces.loss == pytest.approx(probe.loss, abs=1e-6)
     assert pieces.of([None] * 3) == [Damage(pytest.approx(d.added, abs=1e-6), pytest.approx(d.divergence, abs=1e-6)) for d in whole]
 
 
@@ -179,7 +181,7 @@ def test_expected_damages_of_a_choice_are_the_sum_of_its_changes() -> None:
     k = space.options.index(Choice(heads=0.5, ffn=0.5, bits=2))
     singles = [space.options.index(Choice(heads=0.5)), space.options.index(Choice(ffn=0.5)), space.options.index(Choice(bits=2))]
     assert space.parts[:, k].sum(axis=1) == pytest.approx(space.parts[:, singles].sum(axis=(1, 2)))
-    assert space.candidate([k] * 3, "").parts["rank"] == 0 and list(FAMILIES) == ["drop", "width", "rank", "bits"]
+    assert space.candidate([k] * 3, "").parts["rank"] == 0 and list(FAMILIES) == ["drop", "width", "rank", "bits", "tokens"]
 
 
 def test_what_candidates_did_to_single_layers_replaces_sums_and_tells_of_choices_like_them() -> None:
@@ -261,11 +263,11 @@ def test_what_candidates_lost_says_how_families_add_up() -> None:
     generator = random.Random(0)
     tried = []
     for _ in range(12):
-        parts = {f: generator.random() for f in FAMILIES}
+        parts = {f: generator.random() for f in FAMILIES} | {"tokens": 0.0}
         added = 2 * parts["drop"] + 0.5 * parts["bits"] + parts["width"] + parts["rank"]
         tried.append(Candidate((), 0, parts, added=added))
-    assert learned(tried) == pytest.approx([2, 1, 1, 0.5], abs=0.1)
-    assert learned([]) == pytest.approx([1, 1, 1, 1])
+    assert learned(tried) == pytest.approx([2, 1, 1, 0.5, 1], abs=0.1)
+    assert learned([]) == pytest.approx([1, 1, 1, 1, 1])
 
 
 # --- latency
@@ -310,9 +312,9 @@ def test_latency_is_measured_by_kind_of_layer_and_a_stack_is_about_its_layers(ph
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("encoder-decoder", "encoder-decoder"), ("bert", "no decoder of text"), ("vit", "no decoder of text")]
+    ("name", "message"), [("encoder-decoder", "encoder-decoder"), ("vit", "models of text"), ("mlp", "models of text")]
 )
-def test_models_that_are_no_decoder_of_text_are_refused(name: str, message: str) -> None:
+def test_models_that_nothing_measures_are_refused(name: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         check_plannable(model_spec(preset(name)))
 

@@ -11,8 +11,8 @@ import pytest
 from layerwise.report.plan_page import write_plan_page
 
 BITS, CUT = (
-    {"drop": False, "heads": 1.0, "ffn": 1.0, "rank": 1.0, "bits": 2},
-    {"drop": False, "heads": 0.5, "ffn": 0.25, "rank": 1.0, "bits": 3},
+    {"drop": False, "heads": 1.0, "ffn": 1.0, "rank": 1.0, "bits": 2, "tokens": None},
+    {"drop": False, "heads": 0.5, "ffn": 0.25, "rank": 1.0, "bits": 3, "tokens": None},
 )
 
 
@@ -35,7 +35,7 @@ def plan() -> dict[str, Any]:
     }
     moves = [{**BITS, "added": [-0.1, 0.0, 0.2], "divergence": [0.1, 0.0, 0.2]}]
     return {
-        "model": "a <model>", "bytes": 1_000_000, "held_out": 2.0, "ms": None, "targets": [target], "front": [bits, cut], "tried": [bits, cut],
+        "model": "a <model>", "measure": {"name": "next tokens", "unit": "nats a token"}, "bytes": 1_000_000, "held_out": 2.0, "ms": None, "targets": [target], "front": [bits, cut], "tried": [bits, cut],
         "prediction": {"spearman": None, "points": 2}, "sensitivity": moves, "environment": {"torch": "2"}, "data": [], "notes": ["a note"],
     }  # fmt: skip
 

@@ -29,7 +29,7 @@ class IntegerTable(nn.Module):
         self.register_buffer("zeros", torch.empty(count, groups, dtype=torch.uint8))
         self.scales = nn.Parameter(torch.empty(count, groups), requires_grad=False)
 
-    def forward(self, ids: Int[Tensor, "..."]) -> Float[Tensor, "... size"]:
+    def forward(self, ids: Int[Tensor, ...]) -> Float[Tensor, "... size"]:
         rows, scales, zeros = (F.embedding(ids.flatten(), t) for t in (self.codes, self.scales, self.zeros))
         return self._values(rows, scales, zeros).view(*ids.shape, self.size)
 

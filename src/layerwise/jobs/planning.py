@@ -31,6 +31,7 @@ from layerwise.models.two_towers import TwoTowers
 from layerwise.plan.choice import FAMILIES, LEVELS, Choice, How, applied, check_plannable, previewed, stages
 from layerwise.plan.damage import Damages, Probe, damages
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
+from layerwise.plan.measure import measure_for
 from layerwise.plan.search import Candidate, Space, check_reachable
 from layerwise.plan.size import LayerBytes, model_bytes
 from layerwise.plan.trials import COMBINED, METHODS, UNIFORM, Best, Trials, mean
@@ -90,7 +91,7 @@ def plan_model(
         apply: the folder for the model that the first target's plan makes.
 
     Raises:
-        BadInput: the model is no decoder of text, a target cannot be reached, or a folder holds something; nothing is written.
+        BadInput: the model is none of text, a target cannot be reached, or a folder holds something; nothing is written.
     """
     how = how or How()
     check_device(device)
@@ -107,8 +108,10 @@ def plan_model(
         raise BadInput(f"{source} holds no tokenizer.json, so text cannot become its tokens")
     model = load_any(source, device)
     if isinstance(model, TwoTowers):
-        raise BadInput("a plan is made for one decoder of text; this model has two towers")
+        raise BadInput("a plan is made for one stack of layers; this model has two towers")
     check_plannable(model.spec)
+    if work is not None and target_ms is not None and work.phase == "decode" and not model.causal:
+        raise BadInput("an encoder reads whole texts and continues none: --latency-of prefill")
     dtype = _one_type(model)
     levels, notes = possible_levels(model.spec, how)
     families = [family for family, names in FAMILIES.items() if any(name in levels for name in names)]
@@ -122,21 +125,23 @@ def plan_model(
     for target in targets:
         check_reachable(space, families, int(target * whole), whole, None)
     data, note = held_out(texts_for(source, model, text, data_dir, length), rows)
+    measure = measure_for(model, data, str(Path(source).resolve()))
+    how = dataclasses.replace(how, **measure.scores)
     moves = [Choice(**{name: level}) for name, chosen in levels.items() for level in chosen]
-    probe = Probe(model, data, samples=how.samples, batch=how.batch, seed=seed + 1)  # other rows than those that are calibrated on
+    probe = Probe(model, data, measure, samples=how.samples, batch=how.batch, seed=seed + 1)  # other rows than those that are calibrated on
     sensitivity = damages(probe, moves, lambda plan: applied(model, data, stages(plan, how), seed), say)
     space.expect(sensitivity)
     for target in targets:
         check_reachable(space, families, int(target * whole), whole, target_ms)
     trials = Trials(
-        model, data, space, probe, how, rows=rows, batch=how.batch, seed=seed, work=work, say=say,
-        between=healing(heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device),
+        model, data, measure, space, probe, how, rows=rows, batch=how.batch, seed=seed, work=work, say=say,
+        between=healing(measure.training, heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device),
     )  # fmt: skip
     found = [trials.best(target, int(target * whole), families, ms=target_ms, tries=tries) for target in targets]
     as_is: Candidate | None = None
     if heal:
         found = [trials.heal(best) for best in found]
-        as_is = trials.healed(space.candidate([space.options.index(Choice())] * space.depth, "as it is"))
+        as_is = trials.healed(space.candidate(space.as_is, "as it is"))
         notes.append(f"Healed by {heal} steps before rounding. The model as it is, trained as long: held-out loss {as_is.held_out:.4f}.")
     for best in found:
         for candidate in best.methods.values():
@@ -158,10 +163,10 @@ def plan_model(
     return planned
 
 
-def healing(steps: int, lr: float, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def healing(training: Mapping[str, Any], steps: int, lr: float, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
     """The stages that train a model for a while, in float32 whatever it is stored in."""
     stored = str(dtype).removeprefix("torch.")
-    fit = {"train": "causal-lm", "steps": steps, "batch": 8, "optimizer": {"lr": lr}, "schedule": {"name": "cosine", "warmup": 0.1}}
+    fit = {**training, "steps": steps, "batch": 8, "optimizer": {"lr": lr}, "schedule": {"name": "cosine", "warmup": 0.1}}
     return {"widen": {"edit": "cast", "dtype": "float32"}, "heal": fit, "store": {"edit": "cast", "dtype": stored}}
 
 
@@ -188,12 +193,15 @@ def possible_levels(spec: ModelSpec, how: How) -> tuple[dict[str, tuple[Any, ...
             kept = []
             for level in LEVELS[name] if name != "drop" or spec.stack.depth > 1 else ():
                 try:
-                    previewed(spec, stages((Choice(**{name: level}),) * spec.stack.depth, how) if name != "drop" else {})
+                    previewed(
+                        spec,
+                        stages((Choice(**{name: level}),) * (1 if name == "tokens" else spec.stack.depth), how) if name != "drop" else {},
+                    )
                     kept.append(level)
                 except BadInput as error:
                     reason = str(error)
             levels |= {name: tuple(kept)} if kept else {}
-        if not any(name in levels for name in names):
+        if family in METHODS and not any(name in levels for name in names):
             notes.append(f"{METHODS[family]} is left out: {reason}")
     return levels, notes
 
@@ -222,7 +230,7 @@ def _job(planned: Planned, best: Best, data: Data) -> dict[str, Any]:
     """The plan as a job: the model, its edits, and the loss before and after."""
     source = dataclasses.asdict(data.spec)
     measure = {
-        "evaluate": "language-modeling",
+        **planned.trials.measure.evaluation,
         "batch": planned.trials.batch,
         "batches_at_most": -(-planned.trials.rows // planned.trials.batch),
     }
@@ -289,7 +297,7 @@ def plan_data(planned: Planned) -> dict[str, Any]:
     return {
         "schema": 1, "model": Path(planned.source).name, "bytes": planned.bytes, "loss": planned.whole[0], "held_out": planned.whole[1],
         "held_out_healed": planned.healed, "ms": planned.ms, "latency": None if trials.work is None else dataclasses.asdict(trials.work), "how": dataclasses.asdict(trials.how),
-        "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()],
+        "measure": {"name": trials.measure.name, "unit": trials.measure.unit}, "seed": trials.seed, "healed": planned.found[0].plan.healed, "targets": targets, "front": [shown(c) for c in trials.front()],
         "tried": [shown(c) for c in trials.tried.values()],
         "prediction": predictions(trials), "notes": planned.notes, "environment": environment(str(trials.model.device)),
         "sensitivity": [
@@ -316,4 +324,5 @@ def plan_rows(planned: Planned, best: Best) -> tuple[list[str], list[list[Any]]]
 
 def layer_rows(best: Best) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows that show what becomes of each layer."""
-    return ["layer", "what becomes of it"], [[i, str(choice)] for i, choice in enumerate(best.plan.plan)]
+    rows = [[i if choice.tokens is None else "tokens", str(choice)] for i, choice in enumerate(best.plan.plan)]
+    return ["layer", "what becomes of it"], rows

@@ -1,8 +1,8 @@
-"""What changes of single layers do: to the loss, and to the predictions."""
+"""What changes of single layers do: to the loss, and to what the model makes of text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,21 +10,18 @@ from torch import Tensor
 
 from layerwise.edit.quantization.engine import calibration_rows, enter
 from layerwise.evaluate.batches import inference
-from layerwise.models.model import Model
-from layerwise.objectives.language import next_tokens
+from layerwise.models.model import Model, Output
 from layerwise.plan.choice import Choice, Plan
-
-NUMBERS = 2**24
-"""Most scores that are held at a time; four times as many of the model's own are kept, if that is all of them."""
+from layerwise.plan.measure import Measure
 
 
 @dataclass(frozen=True)
 class Damage:
-    """What a change costs, in nats a token.
+    """What a change costs, in the unit of the measure.
 
     Attributes:
-        added: loss added. divergence: Kullback-Leibler divergence of the predictions from those of the model as it is. It is never
-            negative and knows no chance of which token came, so a few rows tell it more exactly.
+        added: loss added. divergence: how far the output is from that of the model as it is: of predictions the Kullback-Leibler divergence,
+            which is never negative and knows no chance of which token came, so a few rows tell it more exactly.
     """
 
     added: float
@@ -32,22 +29,21 @@ class Damage:
 
 
 Damages = dict[Choice, list[Damage]]
-"""Single change -> what it does when it is done to layer 0, 1, ..., and to no other."""
+"""Single change -> what it does when it is done to layer 0, 1, ... (and to the table of tokens), and to nothing else."""
+NONE = Damage(0.0, 0.0)
 
 
 class Probe:
-    """Rows of text, and a model's predictions on them, with which layers in the place of its own are compared."""
+    """Rows of text, and what a model makes of them, with which layers in the place of its own are compared."""
 
-    def __init__(self, model: Model, data: Any, *, samples: int = 64, batch: int = 16, split: str = "train", seed: int = 0) -> None:
+    def __init__(
+        self, model: Model, data: Any, measure: Measure, *, samples: int = 64, batch: int = 16, split: str = "train", seed: int = 0
+    ) -> None:
         self.model = model
-        rows = calibration_rows(data, samples, batch, split, 1, seed, model.device)
-        self.labels = [next_tokens(row) for row in rows]
+        self.targets = list(measure.targets(calibration_rows(data, samples, batch, split, 1, seed, model.device)))
         with inference(model):
-            self.entered = [enter(model, row) for row in rows]
-            self.hidden = [self._hidden(x, 0, ctx) for x, ctx in self.entered]
-            scores = sum(h.shape[0] * h.shape[1] for h in self.hidden) * len(model.token_matrix)
-            self._kept = [self._scores(h) for h in self.hidden] if scores <= 4 * NUMBERS else None
-            self.loss = self._compared(self.hidden).added
+            self.entered = [enter(model, target.rows) for target in self.targets]
+            self.loss = self._compared([x for x, _ in self.entered], 0).added
 
     def of(self, others: Sequence[Any]) -> list[Damage]:
         """What `others[i]` in the place of layer i does (None: nothing there), for each i.
@@ -60,39 +56,31 @@ class Probe:
         with inference(model):
             for i, other in enumerate(others):
                 changed = streams if other is None else [other(x, ctx, (i, 0)) for x, ctx in zip(streams, contexts, strict=True)]
-                one = self._compared([self._hidden(x, i + 1, ctx) for x, ctx in zip(changed, contexts, strict=True)])
-                found.append(Damage(one.added - self.loss, one.divergence))
+                found.append(self._damage(changed, i + 1))
                 streams = [model.stack.layers[i](x, ctx, (i, 0)) for x, ctx in zip(streams, contexts, strict=True)]
         return found
 
-    def _hidden(self, x: Tensor, first: int, ctx: Any) -> Tensor:
-        """What the model's layers from `first` on make of a stream, (b, s - 1, width): at the positions before each token."""
-        for i in range(first, self.model.stack.depth):
-            x = self.model.stack.layers[i](x, ctx, (i, 0))
-        return (x if self.model.stack.norm is None else self.model.stack.norm(x))[:, :-1]
+    def of_embedding(self, other: Model) -> Damage:
+        """What the embedding of another model in the place of this one's does."""
+        with inference(self.model), inference(other):
+            return self._damage([enter(other, target.rows)[0] for target in self.targets], 0)
 
-    def _scores(self, hidden: Tensor) -> Tensor:
-        head: Any = self.model.head
-        return head(hidden, self.model.token_matrix).float().log_softmax(dim=-1)
+    def _damage(self, streams: Sequence[Tensor], first: int) -> Damage:
+        one = self._compared(streams, first)
+        return Damage(one.added - self.loss, one.divergence)
 
-    def _compared(self, made: Sequence[Tensor]) -> Damage:
-        """Loss and divergence of what other layers made."""
+    def _compared(self, streams: Sequence[Tensor], first: int) -> Damage:
+        """Loss and divergence of what the model's layers from `first` on make of streams, (b, s, width) each."""
+        layers, norm = self.model.stack.layers, self.model.stack.norm
         loss, apart, count = 0.0, 0.0, 0
-        for label, ours, theirs in self._pieces(made):
-            real = label != -100
-            loss -= float(theirs.gather(-1, label.clamp(min=0)[..., None]).squeeze(-1)[real].double().sum())
-            apart += float((ours.exp() * (ours - theirs)).sum(dim=-1)[real].double().sum())
-            count += int(real.sum())
+        for target, x, (_, ctx) in zip(self.targets, streams, self.entered, strict=True):
+            for i in range(first, self.model.stack.depth):
+                x = layers[i](x, ctx, (i, 0))
+            mask = target.rows.get("attention_mask")
+            out = Output(x if norm is None else norm(x), self.model, None if mask is None else mask.bool())
+            here, away = target.compared(out)
+            loss, apart, count = loss + here, apart + away, count + target.count
         return Damage(loss / count, max(apart / count, 0.0))
-
-    def _pieces(self, made: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Labels, and log-probabilities of the model and of the other, a few rows at a time."""
-        step = max(1, NUMBERS // (len(self.model.token_matrix) * self.labels[0].shape[1]))
-        for b, (hidden, label) in enumerate(zip(made, self.labels, strict=True)):
-            for first in range(0, len(hidden), step):
-                part = slice(first, first + step)
-                ours = self._kept[b][part] if self._kept is not None else self._scores(self.hidden[b][part])
-                yield label[part], ours, self._scores(hidden[part])
 
 
 def damages(
@@ -101,14 +89,19 @@ def damages(
     make: Callable[[Plan], Model],
     say: Callable[[str], None] = lambda message: None,
 ) -> Damages:
-    """What every move does to every layer.
+    """What every move does to every layer, or to the table of tokens.
 
     A move is done to all layers at once (`make` does what a plan says), and its layers then stand in the model one at a time: what they were
     calibrated on is what enters them in a model changed throughout, and one walk serves all layers.
     """
     found: Damages = {}
     depth = probe.model.stack.depth
+    table = [NONE] if any(move.tokens is not None for move in moves) else []
     for move in moves:
-        say(f"sensitivity: {move}")
-        found[move] = probe.of([None] * depth if move.drop else list(make((move,) * depth).eval().stack.layers))
+        say(f"sensitivity: {'tokens in ' if move.tokens else ''}{move}")
+        if move.tokens is not None:
+            found[move] = [*[NONE] * depth, probe.of_embedding(make((*[Choice()] * depth, move)))]
+        else:
+            others = [None] * depth if move.drop else list(make((move,) * depth).eval().stack.layers)
+            found[move] = [*probe.of(others), *table]
     return found

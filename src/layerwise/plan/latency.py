@@ -38,7 +38,8 @@ class Work:
 
 
 def milliseconds(model: Any, work: Work) -> float:
-    """The least time that the work took, in several tries: what it takes where nothing else runs. Logits of the last position included.
+    """The least time that the work took, in several tries: what it takes where nothing else runs. Logits of the last position, or the vector of a text where
+    there is no head, included.
 
     Where one thread of a CPU does the work, its own time is counted, which other processes do not lengthen by taking turns.
     """
@@ -56,8 +57,11 @@ def milliseconds(model: Any, work: Work) -> float:
             _wait(device)
             before = clock()
             out = model({"input_ids": ids if cache is None else ids[:, :1]}, cache=cache)
-            out.hidden = out.hidden[:, -1:]
-            _ = out.logits
+            if out.model.head is None:
+                _ = out.pooled
+            else:
+                out.hidden = out.hidden[:, -1:]
+                _ = out.logits
             _wait(device)
             best, tries = min(best, clock() - before), tries + (best < float("inf"))
     return 1000 * best

@@ -51,13 +51,21 @@ class Candidate:
         """The ways of making a model smaller that it combines."""
         return tuple(f for f in FAMILIES if any(f in c.families for c in self.plan))
 
+    @property
+    def mixed(self) -> bool:
+        """Whether it combines ways of making layers smaller: the table of tokens may be rounded beside any of them."""
+        return len(set(self.families) - {"tokens"}) > 1
+
 
 class Space:
-    """All choices of all layers, with their bytes, milliseconds and, once they are known, expected damages.
+    """All choices of all places, with their bytes, milliseconds and, once they are known, expected damages.
+
+    The places are the layers and, where levels has `tokens`, the table of tokens behind them.
 
     Attributes:
-        options: of every layer. cost, ms: of layer i and option k. outside, outside_ms: of what lies outside the layers, where nothing
-            is changed.
+        depth, places: how many layers, and how many places.
+        options: of all places; possible: whether place i can have option k. cost, ms: of place i and option k. outside, outside_ms: of what
+            lies outside the places, where nothing is changed.
         parts: what the single changes of an option do, by family. joint: what an option was seen to do, NaN where it was not. excess: how
             much more than their sum the changes of an option are expected to do. weights: how much the damage of a family counts.
     """
@@ -68,22 +76,35 @@ class Space:
         layers: Any = spec.stack.layers
         self.depth = len(layers)
         self.options = choices(levels)
+        tables = np.array([o.tokens is not None for o in self.options])
+        self.places = self.depth + bool(tables.any())
+        self.possible = np.array([tables if i == self.depth else ~tables for i in range(self.places)])
         self.outside = model_bytes(spec, size.dtype) - sum(size(layer) for layer in layers)
         self.outside_ms = latency.outside if latency is not None else 0.0
-        self.cost = np.zeros((self.depth, len(self.options)), dtype=np.int64)
-        self.ms = np.zeros((self.depth, len(self.options)))
-        self.parts = np.zeros((self.depth, len(self.options), len(FAMILIES)))
-        self.joint = np.full((self.depth, len(self.options)), np.nan)
+        shape = (self.places, len(self.options))
+        self.cost, self.ms, self.joint = np.zeros(shape, dtype=np.int64), np.zeros(shape), np.full(shape, np.nan)
+        self.parts = np.zeros((*shape, len(FAMILIES)))
         self.excess = np.ones(len(self.options))
         self.weights = np.ones(len(FAMILIES))
         kinds = {layer_key(layer): layer for layer in layers}
         at = [list(kinds).index(layer_key(layer)) for layer in layers]
         few = dataclasses.replace(spec, stack=spec.stack.with_layers(list(kinds.values())))
         for k, option in enumerate(self.options):
-            if not option.drop:
+            if option.tokens is not None:
+                self.cost[-1, k] = model_bytes(previewed(spec, stages([option], how)), size.dtype)
+            elif not option.drop:
                 after: Any = previewed(few, stages([option] * len(kinds), how)).stack
-                self.cost[:, k] = np.array([size(layer) for layer in after.layers])[at]
-                self.ms[:, k] = np.array([latency(layer) for layer in after.layers])[at] if latency is not None else 0.0
+                self.cost[: self.depth, k] = np.array([size(layer) for layer in after.layers])[at]
+                self.ms[: self.depth, k] = np.array([latency(layer) for layer in after.layers])[at] if latency is not None else 0.0
+        if tables.any():  # what the whole model has with the smallest table is what lies outside: only differences count
+            least = self.cost[-1, tables].min()
+            self.cost[-1, tables] -= least
+            self.outside -= model_bytes(spec, size.dtype) - int(least)
+
+    @property
+    def as_is(self) -> list[int]:
+        """The options that change nothing."""
+        return [self.options.index(Choice(tokens=None if i < self.depth else 16)) for i in range(self.places)]
 
     def expect(self, found: Damages) -> None:
         """Take every choice to damage as much as its single changes do together, and a change no less than milder ones of its kind."""
@@ -118,12 +139,12 @@ class Space:
         return np.where(known[:, :, None], np.maximum(self.parts + left[:, :, None] * share, 0.0), made)
 
     def within(self, families: Sequence[str]) -> np.ndarray:
-        """Which options take these ways only."""
-        return np.array([set(o.families) <= set(families) for o in self.options])
+        """Which options of every place take these ways only (places, options)."""
+        return self.possible & np.array([set(o.families) <= set(families) for o in self.options])
 
     def candidate(self, chosen: Sequence[int], tried_by: str) -> Candidate:
-        """The candidate of one option a layer."""
-        at = (np.arange(self.depth), np.asarray(chosen))
+        """The candidate of one option a place."""
+        at = (np.arange(self.places), np.asarray(chosen))
         parts = dict(zip(FAMILIES, self.expected()[at].sum(axis=0).tolist(), strict=True))
         predicted = float(self.weights @ list(parts.values()))
         ms = self.outside_ms + float(self.ms[at].sum())
@@ -134,8 +155,8 @@ class Space:
         """Bytes of the smallest model that these ways reach, with a layer left."""
         cost = np.where(self.within(families), self.cost, np.iinfo(np.int64).max)
         kept = [k for k, o in enumerate(self.options) if not o.drop]
-        least, least_kept = cost.min(axis=1), cost[:, kept].min(axis=1)
-        return self.outside + int(least.sum() + (least_kept - least).min())
+        least, least_kept = cost.min(axis=1), cost[: self.depth, kept].min(axis=1)
+        return self.outside + int(least.sum() + (least_kept - least[: self.depth]).min())
 
     def best(
         self,
@@ -144,25 +165,28 @@ class Space:
         ms: float | None = None,
         forbidden: Sequence[tuple[int, int]] = (),
     ) -> list[int] | None:
-        """The options, one a layer, of least expected damage within a budget of bytes (and of milliseconds), with a layer left.
+        """The options, one a place, of least expected damage within a budget of bytes (and of milliseconds), with a layer left.
 
         Latency is weighed into the damage, as much as is needed (a Lagrange multiplier, by bisection): what comes out is within both limits, and
         best among plans of its bytes and latency, though one between two multipliers may be passed over.
 
         Args:
-            forbidden: layers, each with an option that it may not take.
+            forbidden: places, each with an option that it may not take.
         """
         chosen = self._best(families, budget, ms, forbidden)
-        if chosen is None or not all(self.options[k].drop for k in chosen):
+        if chosen is None or not all(self.options[k].drop for k in chosen[: self.depth]):
             return chosen
-        total = self.expected() @ self.weights
-        with_one = [self._best(families, budget, ms, [*forbidden, (i, k)]) for i, k in enumerate(chosen)]
-        return min((c for c in with_one if c is not None), key=lambda c: total[np.arange(self.depth), c].sum(), default=None)
+        with_one = [self._best(families, budget, ms, [*forbidden, (i, k)]) for i, k in enumerate(chosen[: self.depth])]
+        return min((c for c in with_one if c is not None), key=self._damage, default=None)
+
+    def _damage(self, chosen: Sequence[int]) -> float:
+        """Expected of options, one a place."""
+        return float((self.expected() @ self.weights)[np.arange(self.places), chosen].sum())
 
     def _best(self, families: Sequence[str], budget: int, ms: float | None, forbidden: Sequence[tuple[int, int]]) -> list[int] | None:
         """The same, where it may be that no layer is left."""
         damage = self.expected() @ self.weights
-        damage[:, ~self.within(families)] = np.inf
+        damage[~self.within(families)] = np.inf
         for one in forbidden:
             damage[one] = np.inf
 
@@ -171,7 +195,7 @@ class Space:
             return front.best(budget - self.outside)
 
         def late(chosen: list[int] | None) -> bool:
-            return chosen is not None and ms is not None and self.outside_ms + self.ms[np.arange(self.depth), chosen].sum() > ms
+            return chosen is not None and ms is not None and self.outside_ms + self.ms[np.arange(self.places), chosen].sum() > ms
 
         chosen = solved(0.0)
         if not late(chosen):
@@ -188,24 +212,29 @@ class Space:
         return fast
 
     def uniform(self, names: Sequence[str], budget: int, ms: float | None = None) -> list[int] | None:
-        """The same option for all layers, one that changes these fields only: the largest that fits."""
+        """The same option for all layers, one that changes these fields only: of those that fit the one of least expected damage, the largest
+        of equals. The table of tokens has what is best beside it."""
+        alike = [
+            k for k, o in enumerate(self.options) if set(o.changes) == set(names) and (len(names) < 2 or len({getattr(o, n) for n in names}) == 1)
+            and o.tokens is None
+        ]  # fmt: skip
+        tables: list[list[int]] = [[int(t)] for t in np.flatnonzero(self.possible[-1])] if self.places > self.depth else [[]]
+        every = [[*[k] * self.depth, *table] for k in alike for table in tables]
+        places = np.arange(self.places)
         fitting = [
-            k
-            for k, o in enumerate(self.options)
-            if set(o.changes) == set(names)
-            and (len(names) < 2 or len({getattr(o, n) for n in names}) == 1)
-            and self.outside + self.cost[:, k].sum() <= budget
-            and (ms is None or self.outside_ms + self.ms[:, k].sum() <= ms)
+            chosen
+            for chosen in every
+            if self.outside + self.cost[places, chosen].sum() <= budget
+            and (ms is None or self.outside_ms + self.ms[places, chosen].sum() <= ms)
         ]
-        return [max(fitting, key=lambda k: int(self.cost[:, k].sum()))] * self.depth if fitting else None
+        return min(fitting, key=lambda c: (self._damage(c), -int(self.cost[places, c].sum())), default=None)
 
     def near(self, families: Sequence[str], chosen: list[int], budget: int, count: int, **limits: Any) -> Iterator[list[int]]:
         """The best plans that differ from a best one: of those without one of its choices the `count` of least expected damage."""
-        total = self.expected() @ self.weights
         others = {
             tuple(other) for i, k in enumerate(chosen) if (other := self.best(families, budget, forbidden=[(i, k)], **limits)) is not None
         }
-        yield from (list(o) for o in sorted(others, key=lambda o: (total[np.arange(self.depth), o].sum(), o))[:count])
+        yield from (list(o) for o in sorted(others, key=lambda o: (self._damage(o), o))[:count])
 
 
 def milder(change: Choice, found: Damages) -> list[Choice]:

@@ -7,15 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from layerwise.edit.drop import choose_block
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
-from layerwise.objectives.language import CausalLM
 from layerwise.plan.choice import Choice, How, Plan, Train, applied, stages
 from layerwise.plan.damage import Probe
 from layerwise.plan.latency import Work, milliseconds
+from layerwise.plan.measure import Measure, Target
 from layerwise.plan.search import Candidate, Space, learned
 
 METHODS = {"drop": "layers dropped", "width": "width", "rank": "low rank", "bits": "bits per layer"}
@@ -58,6 +56,7 @@ class Trials:
         self,
         model: Model,
         data: Any,
+        measure: Measure,
         space: Space,
         probe: Probe,
         how: How,
@@ -70,9 +69,10 @@ class Trials:
         train: Train | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
-        self.model, self.data, self.space, self.probe, self.how, self.seed = model, data, space, probe, how, seed
+        self.model, self.data, self.measure, self.space, self.probe, self.how, self.seed = model, data, measure, space, probe, how, seed
         self.rows, self.batch, self.work, self.say = rows, batch, work, say
         self.between, self.train = between, train
+        self._targets: dict[str, list[Target]] = {}
         self.whole = mean(self.losses(model, "validation"))
         self.tried: dict[tuple[int, ...], Candidate] = {}
         self._healed: dict[Plan, Candidate] = {}
@@ -86,13 +86,12 @@ class Trials:
         return stages(candidate.plan, self.how, self.between if candidate.healed else None)
 
     def losses(self, model: Model, split: str) -> list[tuple[float, int]]:
-        """Summed loss and number of tokens of every batch of a split."""
-        objective, found = CausalLM(), []
+        """Summed loss of every batch of a split, and of how many tokens or texts."""
+        if split not in self._targets:
+            rows = batches(split_of(self.data, split), self.batch, -(-self.rows // self.batch), self.model.device)
+            self._targets[split] = list(self.measure.targets(rows))
         with inference(model):
-            for rows in batches(split_of(self.data, split), self.batch, -(-self.rows // self.batch), model.device):
-                loss = objective(model, rows, torch.Generator(device=model.device))
-                found.append((float(loss.total), int(loss.count)))
-        return found
+            return [(target.loss(model(target.rows)), target.count) for target in self._targets[split]]
 
     def measured(self, chosen: Sequence[int] | None, tried_by: str) -> Candidate | None:
         """The candidate of these options, with its loss on validation rows."""
@@ -105,7 +104,9 @@ class Trials:
             made.loss = mean(self.losses(model, "validation"))
             made.added = made.loss - self.whole
             layers = iter(model.eval().stack.layers)
-            self.space.correct(chosen, self.probe.of([None if c.drop else next(layers) for c in made.plan]))
+            alone = self.probe.of([None if c.drop else next(layers) for c in made.plan[: self.space.depth]])
+            table = [self.probe.of_embedding(model)] if self.space.places > self.space.depth else []
+            self.space.correct(chosen, [*alone, *table])
             self.say(f"tried {tried_by}: {made.bytes:,} bytes, loss {made.loss:.4f}, expected {self.whole + made.predicted:.4f}")
         return self.tried[key]
 
@@ -140,31 +141,34 @@ class Trials:
     def best(self, target: float, budget: int, families: Sequence[str], *, ms: float | None = None, tries: int = 6) -> Best:
         """Every single method with as many tries as their combination, and the best of all.
 
-        A single method tries the same for all layers, then what should damage least, then plans near it. Combinations first try the best of
+        A single method tries the same for all layers, then what should damage least, then plans near it; the table of tokens, which is no layer,
+        may be rounded beside each. Combinations first try the best of
         all families, and the best without each of those that it took; what these did says how far damages add up, and the next are
         the best by that.
         """
         methods: dict[str, Candidate | None] = {}
         limits: dict[str, Any] = {"ms": ms}
+        beside = [family for family in families if family not in METHODS]
         for family in families:
-            found = self._single(family, budget, limits, tries)
-            methods[METHODS[family]] = min(found, key=_loss) if found else None
+            if family in METHODS:
+                found = self._single(family, beside, budget, limits, tries)
+                methods[METHODS[family]] = min(found, key=_loss) if found else None
         if "bits" in families:
             methods[UNIFORM] = self.measured(self.space.uniform(["bits"], budget, ms), UNIFORM)
         mixed = self._combined(families, budget, limits, tries)
         methods[COMBINED] = min(mixed, key=_loss) if mixed else None
         return Best(target, budget, ms, methods, min((c for c in methods.values() if c is not None), key=_rank))
 
-    def _single(self, family: str, budget: int, limits: dict[str, Any], tries: int) -> list[Candidate]:
+    def _single(self, family: str, beside: list[str], budget: int, limits: dict[str, Any], tries: int) -> list[Candidate]:
         name, found = METHODS[family], list[Candidate]()
         for fields in EVENLY[family]:
             self._try(self.space.uniform(fields, budget, limits["ms"]), name, found)
-        chosen = self.space.best([family], budget, **limits)
+        chosen = self.space.best([family, *beside], budget, **limits)
         self._try(chosen, name, found)
         if chosen is not None and family == "drop":
-            self._try(self._block(sum(self.space.options[k].drop for k in chosen)), name, found)
+            self._try(self._block(chosen), name, found)
         if chosen is not None:
-            for other in self.space.near([family], chosen, budget, tries, **limits):
+            for other in self.space.near([family, *beside], chosen, budget, tries, **limits):
                 if len(found) < tries:
                     self._try(other, name, found)
         return found
@@ -186,7 +190,7 @@ class Trials:
             for other in self.space.near(families, chosen, budget, tries, **limits):
                 if len(found) < tries:
                     self._try(other, COMBINED, found)
-        return [c for c in found if len(c.families) > 1]
+        return [c for c in found if c.mixed]
 
     def _try(self, chosen: Sequence[int] | None, name: str, found: list[Candidate]) -> bool:
         """Measure it, unless it is among the found; whether it was new to them."""
@@ -196,11 +200,12 @@ class Trials:
         found.append(made)
         return True
 
-    def _block(self, count: int) -> list[int]:
-        """The block of neighbouring layers over which the stream turns least, dropped."""
+    def _block(self, chosen: Sequence[int]) -> list[int]:
+        """As many layers as these options drop: the block of neighbours over which the stream turns least."""
+        count = sum(self.space.options[k].drop for k in chosen)
         gone = set(choose_block(self.model, self.data, count=count, samples=self.how.samples))
-        as_is, dropped = (self.space.options.index(Choice(drop=drop)) for drop in (False, True))
-        return [dropped if i in gone else as_is for i in range(self.space.depth)]
+        dropped = self.space.options.index(Choice(drop=True))
+        return [dropped if i in gone else k for i, k in enumerate(self.space.as_is[: self.space.depth])] + list(chosen[self.space.depth :])
 
     def front(self) -> list[Candidate]:
         """The candidates (healed ones, where that was done) that no other one beats both in bytes and in loss, the smallest first."""
@@ -212,7 +217,7 @@ class Trials:
 
 
 def mean(found: Sequence[tuple[float, int]]) -> float:
-    """Nats a token."""
+    """Of one token, or text."""
     return sum(total for total, _ in found) / sum(count for _, count in found)
 
 

@@ -16,8 +16,10 @@ def write_plan_page(plan: dict[str, Any], out: Path) -> Path:
     """Write the page about the plain data that `layerwise plan` keeps as plan.json."""
     methods = list(dict.fromkeys(name for t in plan["targets"] for name in t["methods"]))
     order = ["combination", *(m for m in methods if m != "combination")]
+    measure = plan["measure"]
+    vectors = measure["name"] == "sentence vectors"  # whose loss is their distance
     tables = [
-        _sensitivity(plan, "divergence", "Divergence of the predictions"),
+        *([] if vectors else [_sensitivity(plan, "divergence", "Divergence of the predictions")]),
         _sensitivity(plan, "added", "Loss added"),
         *(_layers(t) for t in plan["targets"]),
     ]
@@ -45,7 +47,7 @@ def write_plan_page(plan: dict[str, Any], out: Path) -> Path:
         "relations": data["relations"],
         "environment": plan["environment"],
         "sources": plan["data"],
-        "notes": plan["notes"],
+        "notes": [f"Losses are of {measure['name']}: {measure['unit']}.", *plan["notes"]],
         "data": data,
     }
     return write_file(out, rendered(context))
@@ -76,19 +78,27 @@ def _front(plan: dict[str, Any]) -> dict[str, Any]:
 
 def _sensitivity(plan: dict[str, Any], what: str, title: str) -> dict[str, Any]:
     moves = plan["sensitivity"]
-    rows = [[str(i), *(move[what][i] for move in moves)] for i in range(len(moves[0][what]))]
+    places = len(moves[0][what])
+    names = [str(i) for i in range(places)]
+    if any(move["tokens"] is not None for move in moves):
+        names[-1] = "tokens"
+    rows = [[names[i], *(move[what][i] for move in moves)] for i in range(places)]
     return {"title": f"{title} by one change of one layer", "layers": True, "columns": ["layer", *map(_named, moves)], "rows": rows}
 
 
 def _named(move: dict[str, Any]) -> str:
     if move["drop"]:
         return "dropped"
+    if move["tokens"] is not None:
+        return f"tokens {move['tokens']}"
     return next(f"{name} {move[name]:g}" for name in FIELDS if move[name] != (16 if name == "bits" else 1))
 
 
 def _layers(target: dict[str, Any]) -> dict[str, Any]:
     rows = [
-        [str(i), *(["dropped", None, None, None] if layer["drop"] else [layer[name] for name in FIELDS])]
+        ["tokens", None, None, None, layer["tokens"]]
+        if layer["tokens"] is not None
+        else [str(i), *(["dropped", None, None, None] if layer["drop"] else [layer[name] for name in FIELDS])]
         for i, layer in enumerate(target["plan"]["layers"])
     ]
     return {"title": f"The plan at {target['target']:g}", "layers": False, "columns": ["layer", *FIELDS], "rows": rows}
