@@ -159,3 +159,9 @@ def test_sltrain_and_loqt_hold_fewer_bytes_than_adam_over_dense_matrices(text):
         found = train(_model(text.vocab, linear), text, _spec([*policies, {"name": "ledger"}], steps=3)).findings.metrics
         held[name] = found["state_bytes"]
     assert held["sltrain"] < held["full"] and held["loqt"] < held["full"]
+
+
+def test_the_ledger_counts_the_free_factors_gradients_though_the_first_step_leaves_none(text):
+    model = _model(text.vocab, LOQT)
+    found = train(model, text, _spec([UPDATES, {"name": "ledger", "every": 1000}], steps=3)).findings.metrics
+    assert found["grad_bytes"] == sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

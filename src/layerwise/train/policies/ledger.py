@@ -32,7 +32,8 @@ class Ledger(Policy):
     must not jump over changes of what a step does.
 
     Args:
-        every: steps between measured ones; the first step is always measured.
+        every: steps between measured ones. The first two are always measured: the first may do what no other does, as LoQT's,
+            which updates and trains no adapter.
     """
 
     def __init__(self, *, every: int = 100) -> None:
@@ -46,7 +47,7 @@ class Ledger(Policy):
         self._gradients: LiveGradients
 
     def before_step(self, run: Run) -> None:
-        if run.step % self.every and self._step_flops:
+        if run.step > 1 and run.step % self.every and self._step_flops:
             return
         modules: list[nn.Module] = [run.model, run.objective]
         parameters = [p for m in modules for p in m.parameters()]
