@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from layerwise.errors import BadInput
 from layerwise.nn.linear import make_linear
-from layerwise.nn.linears.loqt import LoQT
+from layerwise.nn.linears.loqt import Full, LoQT
 from layerwise.nn.linears.sparse import SparseLowRank, _Product, dense
 from layerwise.nn.nf4 import dequantize, quantize
 from layerwise.stack.parts_spec import LinearSpec
@@ -147,10 +147,11 @@ def test_sltrain_7_parameters_are_those_of_the_paper(width, ffn, depth, rank, to
 
 
 def _gradient(linear, x=X):
-    merged = linear.open()
+    merged = linear.materialize().detach()
+    linear.open()
     linear(x).sin().sum().backward()
-    gradient = linear._gradient
-    return merged, gradient
+    assert linear.opened is not None
+    return merged, linear.opened.gradient
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(20, 28), (28, 20), (24, 24)])
@@ -160,12 +161,13 @@ def test_loqt_1_2_3_4_update(inner, outer):
         linear = _made(LinearSpec("loqt", rank=4, alpha=0.5, store=store), inner, outer)
         before = linear(x).detach()
         merged, gradient = _gradient(linear, x)
-        plain = (merged - linear.base.matrix()).norm()
+        base = linear.opened.base
+        plain = (merged - base.matrix()).norm()
         # Check 8: the dense gradient is autograd's through the dequantized matrix.
-        w = linear.base.matrix().clone().requires_grad_()
+        w = base.matrix().clone().requires_grad_()
         F.linear(x, w, linear.bias).sin().sum().backward()
         torch.testing.assert_close(gradient, w.grad, atol=1e-5, rtol=1e-5)
-        linear.close(merged, 5)
+        linear.close(5)
         assert linear.left == (inner <= outer)
         b, a = linear.factors()
         fixed = a if linear.left else b.t()
@@ -189,9 +191,24 @@ def test_loqt_2_more_rounds_are_never_worse():
         linear = _made(LinearSpec("loqt", rank=4), 64, 64)
         x = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
         merged, _ = _gradient(linear, x)
-        linear.close(merged, rounds)
+        linear.close(rounds)
         errors.append((merged - linear.materialize()).norm().item())
     assert errors == sorted(errors, reverse=True) and errors[1] < errors[0]
+
+
+def test_a_linear_that_is_read_twice_is_done_when_it_has_heard_twice():
+    linear = _made(LinearSpec("loqt", rank=4), 24, 24, bias=False)
+    heard = []
+    linear.open(lambda: heard.append(linear.opened.gradient.clone()))
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(3))
+    linear(linear(x).sin()).sum().backward()
+    w = linear.opened.base.matrix().clone().requires_grad_()
+    F.linear(F.linear(x, w).sin(), w).sum().backward()
+    assert len(heard) == 1
+    torch.testing.assert_close(heard[0], w.grad, atol=1e-5, rtol=1e-5)
+    known_to_autograd = linear.opened
+    linear.close(1)
+    assert known_to_autograd.gradient is None
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(20, 28), (28, 20)])
@@ -299,12 +316,15 @@ def test_loqt_directions_and_compensation_are_those_of_the_published_code(shape)
     """Matrix and gradient are formulas; both sides round in place of NF4, and what the adapter adds does not depend on signs."""
     golden = json.loads((Path(__file__).parents[1] / "golden" / "loqt.json").read_text())[f"{shape[0]}x{shape[1]}"]
     linear = _made(LinearSpec("loqt", rank=2, alpha=0.5), inner=shape[1], outer=shape[0], bias=False, fill=False)
-    linear.base, linear.directions = _Rounded(3), _Rounded(8)
+    linear.base, linear.directions = Full(shape), _Rounded(8)
     count = torch.arange(shape[0] * shape[1]).double() ** 2
     matrix = (torch.sin(count * 0.13) * 0.9).view(shape).float()
-    linear.base.store(matrix)
-    linear._gradient = torch.cos(count * 0.29).view(shape).float()
-    linear.close(matrix, 5)
+    linear.store(matrix)
+    linear.open()
+    linear.opened.base = _Rounded(3)
+    linear.opened.base.store(matrix)
+    linear.opened(torch.cos(count * 0.29).view(shape).float())
+    linear.close(5)
     b, a = linear.factors()
     product = 0.5 * (b @ a).detach()
     torch.testing.assert_close(linear.base.kept.flatten()[:6], torch.tensor(golden["stored"]), rtol=0, atol=1e-6)

@@ -69,6 +69,19 @@ def test_loqt_5_between_updates_only_the_free_factor_moves(text):
         assert not torch.equal(seen[step]["free"], seen[step - 1]["free"])
 
 
+def test_dense_gradients_of_an_update_never_meet_and_it_makes_no_difference_to_the_weights(text, monkeypatch):
+    found, weights = [], []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(LoQT, "open", lambda self, heard, plain=LoQT.open: plain(self))
+        model = _model(text.vocab, LOQT)
+        found.append(train(model, text, _spec([UPDATES], steps=5)).findings.metrics["update_bytes"])
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    sizes = [m.out_features * m.in_features * 4 for m in model.modules() if isinstance(m, LoQT)]
+    assert found == [2 * max(sizes), sum(sizes) + sizes[0]]
+
+
 class _Stop(Listener):
     def __init__(self, at):
         self.at = at

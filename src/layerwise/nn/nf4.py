@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerwise.nn.packing import pack, packed_bytes, unpack
+from layerwise.nn.packing import pack, packed_bytes
 
 BLOCK = 64
 SECOND_BLOCK = 256
@@ -27,6 +27,13 @@ def levels() -> Tensor:
     below = -inverse(torch.linspace(OFFSET, 0.5, 8, dtype=torch.float64))[:-1]
     made = torch.cat([above, torch.zeros(1, dtype=torch.float64), below]).sort().values
     return (made / made.max()).float()
+
+
+@functools.cache
+def pairs() -> Tensor:
+    """(256, 2): the two levels that a byte of codes stands for."""
+    byte = torch.arange(256)
+    return levels()[torch.stack([byte & 15, byte >> 4], dim=1)]
 
 
 @dataclass
@@ -66,14 +73,14 @@ def quantize(weight: Tensor, block: int = BLOCK, double: bool = False) -> NF4:
         stored, second = _quantize_scales(scales)
         scales = _scales(NF4(stored, stored, second))
     ratio = flat / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    codes = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2)
+    codes = torch.bucketize(ratio, (table[1:] + table[:-1]) / 2, out_int32=True)
     return NF4(pack(codes.reshape(-1)[:count], 4), stored, second)
 
 
 def dequantize(packed: NF4, shape: tuple[int, ...], block: int = BLOCK, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix that `quantize` left, of `shape`."""
     count = int(torch.Size(shape).numel())
-    values = levels().to(packed.codes.device)[unpack(packed.codes, 4, count).int()]
+    values = torch.nn.functional.embedding(packed.codes.int(), pairs().to(packed.codes.device)).view(-1)[:count]
     values = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block) * _scales(packed)[:, None]
     return values.reshape(-1)[:count].view(shape).to(dtype)
 

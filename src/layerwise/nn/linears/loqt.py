@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,6 +31,28 @@ class Full(nn.Module):
         return self.weight if dtype is None else self.weight.to(dtype)
 
 
+class Opened:
+    """What a linear reads, and hears, from the moment its adapter is merged until it has new directions.
+
+    Attributes:
+        base: the merged matrix, quantized. gradient: dL/dQ (out, in) so far.
+
+    Args:
+        heard: called in the backward pass, once every forward pass has been answered.
+    """
+
+    def __init__(self, base: Packed | Full, heard: Callable[[], None] | None) -> None:
+        self.base, self.heard = base, heard
+        self.gradient: Tensor | None = None
+        self.awaited = 0
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.gradient = gradient if self.gradient is None else self.gradient + gradient
+        self.awaited -= 1
+        if self.heard is not None and not self.awaited:
+            self.heard()
+
+
 class LoQT(Linear):
     """y = Q x + s B A x, with s = alpha itself (not divided by the rank). Q and one factor, P, are frozen; the other, F, is trained.
 
@@ -37,7 +62,7 @@ class LoQT(Linear):
 
     Attributes:
         left: whether P stands on the input side.
-        received: while set, the adapter is off and the dense gradient dL/dQ (out, in) goes to it in the backward pass.
+        opened: while set, between `open` and `close`, the adapter is off and the dense gradient dL/dQ is listened for.
     """
 
     def __init__(self, inner: int, outer: int, bias: bool, spec: LinearSpec) -> None:
@@ -50,8 +75,7 @@ class LoQT(Linear):
         self.base: Packed | Full = Packed((outer, inner), spec.block, spec.double) if self.quantized else Full((outer, inner))
         self.directions: Packed | Full = Packed(directions, spec.block) if self.quantized else Full(directions)
         self.free = nn.Parameter(torch.empty((outer, spec.rank) if self.left else (spec.rank, inner)))
-        self.received: object = None
-        self._gradient: Tensor | None = None
+        self.opened: Opened | None = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(B, A): (out, rank) and (rank, in)."""
@@ -59,11 +83,11 @@ class LoQT(Linear):
         return (self.free, fixed) if self.left else (fixed, self.free)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = packed_linear(x, self.base, self.bias, self.received)
-        if self.received is not None:
-            return base
+        if self.opened is not None:
+            self.opened.awaited += torch.is_grad_enabled()
+            return packed_linear(x, self.opened.base, self.bias, self.opened)
         b, a = self.factors()
-        return base + self.scale * F.linear(F.linear(x, a), b)
+        return packed_linear(x, self.base, self.bias) + self.scale * F.linear(F.linear(x, a), b)
 
     def materialize(self) -> Tensor:
         b, a = self.factors()
@@ -88,27 +112,29 @@ class LoQT(Linear):
         return (rank, self.in_features) if self.left else (self.out_features, rank)
 
     @torch.no_grad()
-    def open(self) -> Tensor:
-        """Merge the adapter into Q, switch it off and listen for the dense gradient. Returns the merged matrix, unquantized."""
-        merged = self.materialize()
-        self.base.store(merged)
-        self._gradient = None
-        self.received = self._add
-        return merged
-
-    def _add(self, gradient: Tensor) -> None:
-        self._gradient = gradient if self._gradient is None else self._gradient + gradient
-
-    @torch.no_grad()
-    def close(self, merged: Tensor, compensations: int) -> None:
-        """Turn the adapter on again: P from the gradient heard since `open`, F so that it repairs the quantization error.
+    def open(self, heard: Callable[[], None] | None = None) -> None:
+        """Read the merged matrix, quantized, without an adapter, and listen for its dense gradient.
 
         Args:
-            merged: what `open` returned. compensations: rounds of error compensation (0, or without quantization: F = 0).
+            heard: called when the gradient is complete, if passes are not spread over several backward passes; it may `close`.
         """
-        gradient, self._gradient, self.received = self._gradient, None, None
-        if gradient is None:
+        base = copy.deepcopy(self.base)
+        base.store(self.materialize())
+        self.opened = Opened(base, heard)
+
+    @torch.no_grad()
+    def close(self, compensations: int) -> None:
+        """Merge for good: P from the gradient heard since `open`, F so that it repairs the quantization error.
+
+        Args:
+            compensations: rounds of error compensation (0, or without quantization: F = 0).
+        """
+        opened, self.opened = self.opened, None
+        if opened is None or opened.gradient is None:
             raise RuntimeError("no gradient reached this linear since `open`")
+        gradient, opened.gradient = opened.gradient, None  # autograd's graph still knows `opened`
+        merged = self.materialize()
+        self.base = opened.base
         rank = self.free.shape[1 if self.left else 0]
         u, _, vh = torch.linalg.svd(gradient.float(), full_matrices=False)
         self.directions.store(vh[:rank] if self.left else u[:, :rank])

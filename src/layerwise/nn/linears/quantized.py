@@ -109,10 +109,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = gradients
+        dx = dy @ ctx.stored.matrix(dy.dtype) if ctx.needs_input_grad[0] else None
         if ctx.received is not None:
             (x,) = ctx.saved_tensors
             ctx.received((dy.flatten(0, -2).t() @ x.flatten(0, -2)).float())
-        dx = dy @ ctx.stored.matrix(dy.dtype) if ctx.needs_input_grad[0] else None
         return dx, None, None, None
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerwise.analyze.findings import Findings
+from layerwise.analyze.ledger import tensor_bytes
 from layerwise.errors import BadInput
 from layerwise.nn.linears.loqt import LoQT
 from layerwise.train.alone import alone
@@ -31,6 +33,8 @@ class LoQTUpdates(Policy):
 
     The step of an update spends its data on the dense gradient of the matrices; their adapters are off, so this step's loss is
     the quantized model's, and the trained factors' gradients are zero (an optimizer's momentum still moves them a little).
+    A linear is given its new factors in the backward pass, the moment its gradient is complete, so dense gradients never meet; with
+    several micro-batches, or layers computed again, they wait for the end of it.
     The schedule is a function of the step, so a resumed run needs no state of it.
     Source: Loeschcke et al. 2024, "LoQT", section 3.3, algorithm 1.
 
@@ -45,7 +49,6 @@ class LoQTUpdates(Policy):
         self.gap, self.growth, self.compensations = gap, growth, compensations
         self._linears: list[LoQT] = []
         self._steps: set[int] = set()
-        self._merged: list[Tensor] = []
         self._held = 0
 
     def start(self, run: Run) -> None:
@@ -57,19 +60,25 @@ class LoQTUpdates(Policy):
 
     def before_step(self, run: Run) -> None:
         if run.step in self._steps:
-            self._merged = [linear.open() for linear in self._linears]
+            for linear in self._linears:
+                linear.open(partial(self._close, linear) if run.spec.accumulate == 1 else None)
+
+    def _close(self, linear: LoQT) -> None:
+        waiting = [o.gradient for o in (other.opened for other in self._linears) if o is not None and o.gradient is not None]
+        matrix = linear.out_features * linear.in_features * 4  # the merged one
+        self._held = max(self._held, tensor_bytes(waiting) + matrix)
+        linear.close(self.compensations)
 
     def after_backward(self, run: Run) -> None:
-        if not self._merged:
+        if run.step not in self._steps:
             return
-        # Merged matrices and dense gradients of all linears: what an update needs for a moment.
-        self._held = 2 * sum(m.numel() * m.element_size() for m in self._merged)
-        for linear, merged in zip(self._linears, self._merged, strict=True):
-            linear.close(merged, self.compensations)
+        for linear in self._linears:
+            if linear.opened is not None:
+                self._close(linear)
             linear.free.grad = torch.zeros_like(linear.free)
-        self._merged = []
 
     def findings(self) -> Findings:
+        """The most bytes of dense gradients, and of a matrix being merged, that an update held at once."""
         return Findings({"update_bytes": float(self._held)})
 
     def state(self) -> dict[str, Any]:
