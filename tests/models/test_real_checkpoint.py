@@ -11,6 +11,7 @@ from layerwise.data.load import load_data
 from layerwise.data.spec import DataSpec, TokenizerSpec
 from layerwise.edit.expansion import expand
 from layerwise.edit.quantization.quantize import quantize
+from layerwise.edit.quantization.tables import quantize_embedding
 from layerwise.errors import BadInput
 from layerwise.infer.sentences import sentence_embeddings
 from layerwise.jobs.api import run
@@ -89,3 +90,15 @@ def test_its_sentence_vectors_stay_where_they_are_in_8_and_4_bits_and_less_in_3(
         near[bits, method] = torch.nn.functional.cosine_similarity(made, whole).mean().item()
     assert near[8, "rtn"] > 0.999 and near[4, "gptq"] > near[4, "rtn"] > 0.94 and near[3, "gptq"] > 0.8
     assert near[4, "rtn"] > near[3, "rtn"] and near[4, "gptq"] > near[3, "gptq"]
+
+
+def test_its_token_vectors_in_8_and_4_bits_hardly_move_sentences(minilm):
+    tokenizer = tokenizers.Tokenizer.from_file(str(minilm / "tokenizer.json"))
+    model = import_hf(minilm)
+    whole = sentence_embeddings(model, tokenizer, SENTENCES)
+    near = {}
+    for bits in (8, 4, 2):
+        packed = quantize_embedding(model, bits=bits, group=128)
+        assert packed.embedding.tokens.codes.nbytes == 30522 * 384 * bits // 8
+        near[bits] = torch.nn.functional.cosine_similarity(sentence_embeddings(packed, tokenizer, SENTENCES), whole).mean().item()
+    assert near[8] > 0.9999 and near[4] > 0.99 and near[4] > near[2]
