@@ -20,3 +20,15 @@ def _model(system: str, scale: Scale, arm: str) -> Model:
 def test_sltrain_and_low_rank_have_as_many_parameters(scale: Scale) -> None:
     method, baseline = (sum(p.numel() for p in _model("sltrain", scale, arm).stack.parameters()) for arm in ("sltrain", "low-rank"))
     assert baseline == pytest.approx(method, rel=0.01)
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])
+@pytest.mark.parametrize("arm", ["lora-equal-bytes", "relora-equal-bytes"])
+def test_loqt_and_adapters_of_equal_bytes_store_and_train_as_much(scale: Scale, arm: str) -> None:
+    def layers(name: str) -> int:
+        stack = _model("loqt", scale, name).stack
+        stored = sum(t.numel() * t.element_size() for t in (*stack.parameters(), *stack.buffers()))
+        # A gradient and Adam's two moments.
+        return stored + sum(3 * p.numel() * p.element_size() for p in stack.parameters() if p.requires_grad)
+
+    assert layers(arm) == pytest.approx(layers("loqt"), rel=0.01)
