@@ -172,6 +172,36 @@ def test_decoders_from_elsewhere(family: str, tmp_path: Path) -> None:
     assert lw.generate(less, ids, new=20).shape == (2, 40)
 
 
+def test_what_thin_features_give_back_is_an_ordinary_model(tmp_path: Path) -> None:
+    """Its keys and values are those of the thin cache, position by position; `transformers` computes the same; shrunk again it loses nothing."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        initializer_range=0.3,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "from")
+    model, ids = import_hf(tmp_path / "from"), _ids(2, 20)
+    thin = lw.edit.shrink_cache(model, _data(), density=0.5, window=8, samples=4)
+    wide = lw.edit.widen_cache(thin)
+    assert wide.spec.stack.layers == model.spec.stack.layers
+    before = thin.stack.layers[1].mixer.branch
+    after = wide.stack.layers[1].mixer.branch
+    x = torch.randn(3, 16)
+    for role in ("k", "v"):
+        old, new = getattr(before, role), getattr(after, role)
+        torch.testing.assert_close(new(x), old.widen(old.shrink(x)), atol=1e-5, rtol=1e-4)
+        assert old.weight.shape == new.weight.shape and not torch.allclose(old.weight, new.weight)
+    lw.export(wide, tmp_path / "to", format="hf")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "to").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(wide({"input_ids": ids}).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    again = lw.edit.shrink_cache(wide, density=0.5, window=1, start="svd")
+    assert torch.equal(lw.generate(again, ids, new=20), lw.generate(wide, ids, new=20))
+    assert not torch.equal(lw.generate(again, ids, new=20), lw.generate(model, ids, new=20))
+    with pytest.raises(BadInput, match="shrink-cache"):
+        lw.edit.widen_cache(wide)
+
+
 def test_layers_with_a_window_keep_the_newest() -> None:
     """What they never look at is not kept; as the window of attention is kept whole, nothing is lost there."""
     model, ids = _model(window=6), _ids(2, 20)

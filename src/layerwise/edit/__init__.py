@@ -45,6 +45,7 @@ EDITS = {
     "shrink-cache": "layerwise.edit.caches:shrink_cache",
     "subclone": "layerwise.edit.cloning:subclone",
     "wave-front": "layerwise.edit.sound:wave_front",
+    "widen-cache": "layerwise.edit.caches:widen_cache",
 }
 
 PREVIEWS = {
@@ -83,6 +84,7 @@ PREVIEWS = {
     "shrink-cache": "layerwise.edit.caches:preview_shrink",
     "subclone": "layerwise.edit.cloning:preview_subclone",
     "wave-front": "layerwise.edit.sound:preview_wave_front",
+    "widen-cache": "layerwise.edit.caches:preview_widen_cache",
 }
 """What an edit makes of a model's description, without a model: (spec, **options) -> spec, or BadInput. Every edit has one,
 so that a job that cannot work is refused before its first stage trains."""

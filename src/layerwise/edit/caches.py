@@ -151,6 +151,34 @@ def preview_quantize_cache(spec: ModelSpec, *, bits: int, group: int | None = No
     return with_layers(spec, rounded, "quantize-cache")
 
 
+def widen_cache(model: Model) -> Model:
+    """The model with W' = B A as its matrices of keys and values: what thin features give back, for every position, in an ordinary model.
+
+    It needs no cache of its own kind, so it is saved and exported like any other (`export` with format `hf`). It reads its own positions
+    and a prompt through W' too, which a thin cache reads exactly; shrunk again by `svd` at the same ranks, it loses nothing.
+    """
+    new = rebuilt(model, preview_widen_cache(model.spec))
+    for name, module in model.named_modules():
+        if isinstance(module, Shrunk):
+            owner, _, leaf = name.rpartition(".")
+            dense = module.merge()
+            dense.weight = torch.nn.Parameter((module.factor_b @ module.factor_a).detach())
+            setattr(new.get_submodule(owner), leaf, dense)
+    return new.train(model.training)
+
+
+def preview_widen_cache(spec: ModelSpec, **_: Any) -> ModelSpec:
+    """What `widen_cache` makes of a model's description."""
+
+    def widened(layer: LayerSpec) -> LayerSpec:
+        if layer.cache is None or layer.cache.kind != "low-rank":
+            raise BadInput("widen-cache multiplies the factors of thin features out: make them first (edit: shrink-cache)")
+        rest = {role: linear for role, linear in layer.linears.items() if linear.kind != "shrunk"}
+        return dataclasses.replace(layer, linears=rest, cache=None)
+
+    return with_layers(spec, widened, "widen-cache")
+
+
 def _with_caches(spec: ModelSpec, change: Any, what: str) -> ModelSpec:
     """`spec` with the caches of its layers changed.
 
