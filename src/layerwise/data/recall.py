@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 
 HELD_OUT = 256
 """Texts in each of the splits for validation and test."""
-LETTERS = string.ascii_letters
+KEYS = string.ascii_letters + string.punctuation.replace("?", "")
 ASKED = "?"
 
 _STATEMENT = re.compile(r"(?P<before>[^?]*?)(?P<number>\d+)(?P<after>[^\d?]*)\Z")
@@ -48,13 +48,15 @@ class Question:
 
 
 def key_values(length: int, texts: int, seed: int) -> Raw:
-    """`q57 k12 ... ?k12 ?q57 `: letters and numbers of two digits, each asked for once; as many as there is room for, 52 at most."""
-    count = min(len(LETTERS), (length - 1) // 9)
-    letters = LETTERS[: max(count, 26)]  # large letters only where the small ones are not enough
+    """`q57 k12 ... ?k12 ?q57 `: characters and numbers of two digits, each asked for once; as many as there is room for, 83 at most.
+
+    What room is left lies between statements and questions, in blanks.
+    """
+    count = min(len(KEYS), (length - 1) // 9)
 
     def text(draw: random.Random) -> str:
-        said = [f"{key}{draw.randrange(100):02d} " for key in draw.sample(letters, count)]
-        return _asked("".join(said), said, length, draw)
+        said = [f"{key}{draw.randrange(100):02d} " for key in draw.sample(KEYS, count)]
+        return _asked("".join(said).ljust(length - 1 - 5 * count), said, length, draw)
 
     return _raw("key-values", text, length, texts, seed, least=36)
 
