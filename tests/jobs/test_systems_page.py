@@ -1,4 +1,4 @@
-"""docs/systems.md: what it says of a claim comes from the receipts, over all sizes that have one."""
+"""docs/systems.md: what it says of a claim comes from the receipts, over all scales that have one."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ import pytest
 from layerwise.jobs import docs
 
 
-def receipt(mean: float, params: int, verdict: str) -> dict[str, Any]:
+def receipt(mean: float, params: int, verdict: str, data: str = "builtin:code") -> dict[str, Any]:
     arms = {
         "pre-ln": {"values": {"0": 2.0, "1": 2.0}, "mean": 2.0, "std": 0.0, "seconds": 1.0, "params": params},
         "gpas": {"values": {"0": mean, "1": mean}, "mean": mean, "std": 0.0, "seconds": 1.0, "params": params + 1},
     }
     claim = {"metric": "evaluate.val_loss", "baseline": "pre-ln", "method": "gpas"}
-    return {"claim": claim, "variants": arms, "difference": {"mean": mean - 2, "ci95": [mean - 2.1, mean - 1.9]}, "verdict": verdict}
+    difference = {"mean": mean - 2, "ci95": [mean - 2.1, mean - 1.9]}
+    return {"claim": claim, "variants": arms, "difference": difference, "verdict": verdict, "data": [{"name": data, "sha256": ""}]}
 
 
-def test_trend_is_shown_from_small_to_large_where_there_are_several_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trend_is_shown_from_small_to_large_where_there_are_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERWISE_RECEIPTS", str(tmp_path))
-    for scale, mean, params, verdict in (("small", 1.75, 900, "holds"), ("tiny", 2.25, 100, "fails")):
+    for scale, mean, params, verdict, data in (("small", 1.75, 900, "holds", "builtin:code"), ("tiny", 2.25, 100, "fails", "wikitext-2")):
         (tmp_path / scale).mkdir()
-        (tmp_path / scale / "gpas.json").write_text(json.dumps(receipt(mean, params, verdict)))
+        (tmp_path / scale / "gpas.json").write_text(json.dumps(receipt(mean, params, verdict, data)))
     text = docs.page()
     section = text.split("\n## gpas\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith(("| tiny", "| small"))]
     assert rows == [
-        "| tiny | 101 | 2 | 2.25 | +0.25 [+0.15, +0.35] | 2 | **fails** |",
-        "| small | 901 | 2 | 1.75 | -0.25 [-0.35, -0.15] | 2 | **holds** |",
+        "| tiny | wikitext-2 | 101 | 2 | 2.25 | +0.25 [+0.15, +0.35] | 2 | **fails** |",
+        "| small | builtin:code | 901 | 2 | 1.75 | -0.25 [-0.35, -0.15] | 2 | **holds** |",
     ]
-    assert text.count("Over sizes:") == 1
+    assert text.count("Over scales:") == 1
 
 
 def test_one_receipt_is_no_trend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERWISE_RECEIPTS", str(tmp_path))
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "gpas.json").write_text(json.dumps(receipt(1.5, 900, "holds")))
-    assert "Over sizes:" not in docs.page()
+    assert "Over scales:" not in docs.page()

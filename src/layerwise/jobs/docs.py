@@ -66,20 +66,21 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
 
 
 def _trend(name: str) -> list[str]:
-    """How the claim's difference moves with the size of the network, where receipts of more than one size are there."""
+    """The claim's difference at every scale, where receipts of more than one are there: other sizes of the network, or other data."""
     found = [(scale, receipt_data(name, scale)) for scale in ("tiny", "mini", "small", "full")]
     receipts = [(scale, receipt) for scale, receipt in found if receipt is not None]
     if len(receipts) < 2:
         return []
     lines = [
-        "Over sizes:",
+        "Over scales:",
         "",
-        "| scale | parameters | baseline | method | difference (95 %) | seeds | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "| scale | data | parameters | baseline | method | difference (95 %) | seeds | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for scale, receipt in receipts:
         params = receipt["variants"][receipt["claim"]["method"]]["params"]
-        lines.append(f"| {scale} | {params:,} | {_measured(receipt, receipt['claim'])} |")
+        data = ", ".join(dict.fromkeys(source["name"] for source in receipt["data"]))
+        lines.append(f"| {scale} | {data} | {params:,} | {_measured(receipt, receipt['claim'])} |")
     return [*lines, ""]
 
 

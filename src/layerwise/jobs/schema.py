@@ -30,7 +30,7 @@ from layerwise.train.spec import TrainSpec
 Scale = Literal["smoke", "tiny", "mini", "small", "full"]
 SCALES = get_args(Scale)
 STEPS_TO_SMALL = ("tiny", "mini")
-"""Sizes below `small`, by which a claim's trend is seen; only a job that defines them has them."""
+"""Sizes below `small`, by which a claim's trend is seen, or other data; only a job that defines them has them."""
 VARIED = ("data", "model", "stages")
 """The sections of a job that variants change."""
 LAYERS_AT_MOST = 10_000
