@@ -68,3 +68,14 @@ def test_too_short_rows_are_refused() -> None:
 def test_texts_without_questions_have_none() -> None:
     assert questions("What now? 12 of them.") == []
     assert questions("a12 b13 ?c14 ") == []
+
+
+def test_long_texts_ask_for_all_keys_across_blanks() -> None:
+    """With more room than 83 keys need, what is left lies between statements and questions, so that answers are further back."""
+    data = _data("key-values", length=1024)
+    for text in data.documents("train"):
+        found = questions(text)
+        assert len(text) == 1023 and len(found) == 83
+        assert len({text[q.begin + 1] for q in found}) == 83
+        assert text[4 * 83 : found[0].begin].strip() == "" and found[0].begin == 1023 - 5 * 83
+        assert min(q.answer - q.said for q in found) > 1023 - 9 * 83
