@@ -262,3 +262,9 @@ def test_a_real_encoder_is_routed_text_by_text(minilm):
             path = row.nonzero().squeeze(1).tolist()
             alone = base({"input_ids": ids[r : r + 1], "attention_mask": mask[r : r + 1]}, path=path).hidden[0]
             torch.testing.assert_close(made[r][mask[r] == 1], alone[mask[r] == 1], rtol=1e-4, atol=1e-5)
+
+
+def test_where_no_layer_has_a_router_all_run_and_no_pass_is_made(monkeypatch):
+    model = _base()
+    monkeypatch.setattr(type(model), "forward", None)
+    assert decisions(model, {"input_ids": torch.arange(8).view(2, 4)}).tolist() == [[True] * DEPTH] * 2

@@ -79,7 +79,7 @@ def pack_binary(model: Model) -> Model:
         if isinstance(module, Binary):
             target.take(module)
         elif isinstance(target, PackedTable):
-            target.take(module.weight)
+            target.store(module.weight)
     return new
 
 

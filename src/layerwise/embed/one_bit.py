@@ -39,7 +39,7 @@ class PackedTable(nn.Module):
         return scales * (signs.to(scales.dtype) * 2 - 1)
 
     @torch.no_grad()
-    def take(self, weight: Float[Tensor, "count size"]) -> None:
+    def store(self, weight: Float[Tensor, "count size"]) -> None:
         """Become what a `OneBitTable` with this weight is."""
         bits = F.pad(sign(weight - weight.mean()) > 0, (0, -self.size % 8))
         self.bits, self.scales = pack(bits, 1).view(len(weight), -1), weight.abs().mean(dim=1, keepdim=True)

@@ -63,8 +63,7 @@ class TokenEmbedding(nn.Module):
                 nn.init.normal_(table.weight, std=table_std, generator=generator)
         if isinstance(self.tokens, PackedTable | IntegerTable):
             drawn = torch.empty(self.spec.vocab or 0, self.tokens.size, device=generator.device)
-            drawn.normal_(std=table_std, generator=generator)
-            self.tokens.take(drawn) if isinstance(self.tokens, PackedTable) else self.tokens.store(drawn)
+            self.tokens.store(drawn.normal_(std=table_std, generator=generator))
         if self.norm is not None:
             fill_norm(self.norm, 1.0)
         if self.project is not None:

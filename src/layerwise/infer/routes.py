@@ -22,12 +22,16 @@ def routed_layers(spec: Any, what: str) -> list[int]:
     Raises:
         BadInput: there is none, so `what` has nothing to work on.
     """
-    stack = getattr(spec, "stack", None)
-    layers = stack.layers if isinstance(stack, StackSpec) else ()
-    found = [i for i, layer in enumerate(layers) if layer.router is not None and layer.router.decides == "layer"]
+    found = _routed(spec)
     if not found:
         raise BadInput(f"{what} needs a model with routers: attach them first (edit: route-layers)")
     return found
+
+
+def _routed(spec: Any) -> list[int]:
+    stack = getattr(spec, "stack", None)
+    layers = stack.layers if isinstance(stack, StackSpec) else ()
+    return [i for i, layer in enumerate(layers) if layer.router is not None and layer.router.decides == "layer"]
 
 
 def skipped(spec: Any, skip: float) -> int:
@@ -59,6 +63,8 @@ def decisions(model: Model, batch: Mapping[str, Any], *, skip: float | None = No
         batch = {name: batch[name][:, :length] for name in ("input_ids", "attention_mask", "prompt_mask") if name in batch}
     ids = batch["input_ids"]
     made = torch.ones(len(ids), model.stack.depth, dtype=torch.bool, device=ids.device)
+    if not _routed(model.spec):
+        return made
     gating = Gating(threshold=None if skip is None else -1.0)
     with inference(model):
         model(batch, extras={GATING: gating})

@@ -64,7 +64,7 @@ class LoQTUpdates(Policy):
                 linear.open(partial(self._close, linear) if run.spec.accumulate == 1 else None)
 
     def _close(self, linear: LoQT) -> None:
-        waiting = [o.gradient for o in (other.opened for other in self._linears) if o is not None and o.gradient is not None]
+        waiting = [other.opened.gradient for other in self._linears if other.opened is not None]
         matrix = linear.out_features * linear.in_features * 4  # the merged one
         self._held = max(self._held, tensor_bytes(waiting) + matrix)
         linear.close(self.compensations)
