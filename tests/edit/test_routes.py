@@ -211,6 +211,7 @@ def test_every_prompt_skips_the_layers_its_routers_give_least(pairs):
     paths = [row.nonzero().squeeze(1).tolist() for row in runs]
     assert torch.equal(made, torch.cat([generate(plain, ids[r : r + 1], new=5, path=path) for r, path in enumerate(paths)]))
     assert torch.equal(decisions(model, every, skip=0.0), torch.ones_like(runs))
+    assert torch.equal(decisions(model, every, skip=0.35), runs)  # 1.75 layers are two
     with pytest.raises(BadInput, match="skip 1 is 5 of 5 layers, and 4 have a router"):
         continuation(model, pairs, skip=1.0)
     with pytest.raises(BadInput, match="attach them first"):

@@ -75,12 +75,13 @@ def test_the_evaluation_counts_the_calls_of_layers():
     for row in ROWS[:3, :5].split(1):
         generate(model, row, new=20)
     ordinary = len(counted)
-    found = self_speculation(model, data, exits=[1, 3], drafts=[2], **options)
+    # The better pair is not the first.
+    found = self_speculation(model, data, exits=sorted((1, 3), key=lambda e: -most[e, 2][0]), drafts=[2], **options)
     calls, texts = min(most.values(), key=lambda one: one[0])
     assert found.metrics["calls_share"] == pytest.approx(calls / ordinary) and found.metrics["identical"] == 1
     assert found.metrics["tokens_per_pass"] == pytest.approx(60 / sum(text.rounds for text in texts))
     assert found.metrics["acceptance"] == pytest.approx(sum(t.accepted for t in texts) / sum(t.drafted for t in texts))
-    assert [row[4] for row in found.tables[0].rows] == pytest.approx([most[pair][0] / ordinary for pair in ((1, 2), (3, 2))])
+    assert [row[4] for row in found.tables[0].rows] == pytest.approx([most[e, 2][0] / ordinary for e, *_ in found.tables[0].rows])
 
 
 def test_all_layers_accept_every_draft_and_no_draft_is_ordinary_decoding():

@@ -257,6 +257,8 @@ def test_one_setting_for_all_layers_is_the_largest_that_fits() -> None:
     assert space.uniform(["bits"], sizes[2] - 1) is None
     half = space.uniform(["heads", "ffn"], sizes[4] * 10)
     assert half == [space.options.index(Choice(heads=0.5, ffn=0.5))] * 3
+    unknown = Space(_model(3).spec, LayerBytes(torch.float32), FEW, HOW)  # all alike: the largest
+    assert unknown.uniform(["bits"], sizes[4] * 10) == [unknown.options.index(Choice(bits=4))] * 3
 
 
 def test_what_candidates_lost_says_how_families_add_up() -> None:
