@@ -1,6 +1,7 @@
 """Routers attached, trained, set to a share, taken off: the checks of card 117 that concern training, and what goes out."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,9 +191,11 @@ def test_continuation_measures_what_is_said(pairs):
 def test_every_prompt_skips_the_layers_its_routers_give_least(pairs):
     model = _scattered(lw.edit.route_layers(_base(), bias=0.0, layers=["1:"]))
     every = pairs.validation.batch(torch.arange(len(pairs.validation)))
-    open_ = Gating(threshold=-1.0)
-    with torch.no_grad():
-        model(every, extras={GATING: open_})
+    assert not decisions(model, every).all()
+    layers = [replace(spec, router=spec.router and replace(spec.router, threshold=0.0)) for spec in model.spec.stack.layers]
+    open_ = Gating()
+    with torch.no_grad():  # the same weights where all layers run
+        rebuilt(model, replace(model.spec, stack=model.spec.stack.with_layers(layers)))(every, extras={GATING: open_})
     runs = decisions(model, every, skip=0.4)
     assert (runs.sum(dim=1) == 3).all() and runs[:, 0].all() and len(runs.unique(dim=0)) > 1
     for r, row in enumerate(runs[:, 1:]):  # who is skipped has less than who runs
