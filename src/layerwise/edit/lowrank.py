@@ -1,4 +1,4 @@
-"""Matrices of a trained model as products of two thin ones."""
+"""Matrices of a trained model as products of two thin ones, and some entries of what these leave."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import Dense
 from layerwise.nn.linears.factors import activation_scales, svd_factors
 from layerwise.nn.linears.lowrank import LowRank
+from layerwise.nn.linears.sparse import SparseLowRank
 from layerwise.stack.parts_spec import LinearSpec
 from layerwise.stack.spec import LayerSpec
 
 By = Literal["svd", "inputs", "random"]
+Places = Literal["largest", "random"]
 
 
 def factorize(
@@ -32,6 +34,8 @@ def factorize(
     ratio: float | Sequence[float | None] | None = None,
     rank: int | Sequence[int | None] | None = None,
     by: By = "svd",
+    residual: float | None = None,
+    places: Places = "largest",
     roles: Sequence[Role] | None = None,
     least: int = 10,
     samples: int = 64,
@@ -44,36 +48,44 @@ def factorize(
     A matrix (out, in) gets rank floor(out in / (ratio (out + in))), so that its factors have 1/ratio of its numbers or a little less: a
     square one a quarter of its width at ratio 2. One whose rank would be 0 stays as it is. Biases stay. Embedding,
     norms and head are not touched. The result trains, is saved and is described like any model; the edit `merge` multiplies out.
+    With a residual W = B A + S, where S holds floor(residual out in) entries of W - B A in sparse form (`sparse-low-rank` linears).
 
     Args:
         ratio: how many times fewer numbers, of all layers or for each (None there: that layer stays).
         rank: of every matrix instead of a ratio (or all it has, if that is less), of all layers or for each.
         by: `svd`, the nearest product; `inputs`, the nearest as inputs are scaled (`layerwise.nn.linears.factors`), measured on
-            `samples` rows of `split`, `batch` at a time; `random`, untrained factors of the same shapes, for comparison.
+            `samples` rows of `split`, `batch` at a time; `random`, untrained factors (and entries) of the same shapes, for comparison.
+        residual: share of the entries of W - B A that are kept, in (0, 1] (None: none); they come on top of the ratio.
+        places: which: the `largest` in absolute value of each matrix, or at `random`.
         roles: which matrices (None: all). least: matrices with fewer outputs stay.
-        seed: of the calibration rows, or of random factors.
+        seed: of the calibration rows, of random factors, and of random places.
 
     Raises:
         BadInput: neither or both of ratio and rank, values that mean nothing, lists of another length, or layers that are not dense.
 
-    Source: Guo et al. 2024, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation" (arXiv 2310.10700), section 3.1.
+    Source: Guo et al. 2024, "PELA: Learning Parameter-Efficient Models with Low-Rank Approximation" (arXiv 2310.10700), section 3.1; the
+    residual: Han et al. 2024, "SLTrain" (arXiv 2406.02214), section 3, table 1.
     Queries, keys and values have matrices of their own here, as in its ALBEF; where one matrix holds all three (its DeiT and Swin) the
     same ratio gives one factor of rank 3/2 of these.
     """
-    new = rebuilt(model, preview_factorize(model.spec, ratio=ratio, rank=rank, by=by, roles=roles, least=least))
+    new = rebuilt(model, preview_factorize(model.spec, ratio=ratio, rank=rank, residual=residual, roles=roles, least=least))
     generator = torch.Generator(device=model.device).manual_seed(seed or 0)
-    places = {name: m for name, m in new.named_modules() if isinstance(m, LowRank) and type(model.get_submodule(name)) is Dense}
-    scales = _scales(model, data, list(places), samples, batch, split, seed or 0) if by == "inputs" else {}
+    factored = {
+        name: m for name, m in new.named_modules() if isinstance(m, LowRank | SparseLowRank) and type(model.get_submodule(name)) is Dense
+    }
+    scales = _scales(model, data, list(factored), samples, batch, split, seed or 0) if by == "inputs" else {}
     std = getattr(model.spec.stack, "init_std", 0.02)
-    for name, module in places.items():
+    for name, module in factored.items():
         weight: Any = model.get_submodule(name).weight
         if by == "random":
             bias, module.bias = module.bias, None
-            module.to_empty(device=weight.device).to(weight.dtype).initialize(std, generator)  # type: ignore[operator]
+            module.to_empty(device=weight.device).to(weight.dtype).initialize(std, generator)
             module.bias = bias
             continue
         b, a = svd_factors(weight.detach(), module.factor_a.shape[0], scales.get(name))
         module.factor_a, module.factor_b = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
+        if isinstance(module, SparseLowRank):
+            module.take_residual(weight, generator if places == "random" else None)
     return new
 
 
@@ -82,7 +94,7 @@ def preview_factorize(
     *,
     ratio: float | Sequence[float | None] | None = None,
     rank: int | Sequence[int | None] | None = None,
-    by: By = "svd",
+    residual: float | None = None,
     roles: Sequence[Role] | None = None,
     least: int = 10,
     **_: Any,
@@ -96,6 +108,8 @@ def preview_factorize(
     for value in rank if isinstance(rank, Sequence) else [rank]:
         if value is not None and value < 1:
             raise BadInput(f"rank is at least 1; it is {value}")
+    if residual is not None and not 0 < residual <= 1:
+        raise BadInput(f"residual is a share of a matrix's entries, in (0, 1]; it is {residual}")
     depth = spec.stack.depth + (spec.decoder.depth if spec.decoder is not None else 0)
     ratios, ranks = iter(_each(ratio, depth, "ratio")), iter(_each(rank, depth, "rank"))
 
@@ -111,6 +125,10 @@ def preview_factorize(
             kept = rank_for(outer, inner, c) if c is not None else min(int(r or 0), outer, inner)
             if kept and outer >= least and (roles is None or role in roles):
                 linears[role] = LinearSpec("low-rank", rank=kept)
+                if residual is not None:
+                    if int(residual * outer * inner) < 1:
+                        raise BadInput(f"residual {residual} keeps no entry of {role}, {outer} x {inner}: raise it, or leave it out")
+                    linears[role] = LinearSpec("sparse-low-rank", rank=kept, density=residual)
         return dataclasses.replace(layer, linears=linears)
 
     made = with_layers(spec, thin, "factorize")

@@ -52,10 +52,28 @@ class SparseLowRank(Linear):
         nn.init.uniform_(self.factor_a, -bound, bound, generator=generator)
         nn.init.zeros_(self.factor_b)
         nn.init.uniform_(self.values, -bound, bound, generator=generator)
-        drawn = torch.randperm(self.in_features * self.out_features, generator=generator, device=generator.device)
         with torch.no_grad():
-            self.places.copy_(drawn[: len(self.places)].sort().values)
+            self.places.copy_(random_places(self.in_features * self.out_features, len(self.places), generator))
         self._zero_bias()
+
+    @torch.no_grad()
+    def take_residual(self, weight: Float[Tensor, "outer inner"], generator: torch.Generator | None = None) -> None:
+        """Have the entries of `weight` - s B A as values, so that the whole matrix is `weight` at the places.
+
+        Args:
+            generator: of places drawn anew at random; None: where the entries are largest in absolute value.
+
+        Source: Han et al. 2024, section 3 (the pruning study of table 1).
+        """
+        left = (weight.double() - self.scale * self.factor_b.double() @ self.factor_a.double()).flatten()
+        count = len(self.places)
+        places = left.abs().topk(count).indices.sort().values if generator is None else random_places(len(left), count, generator)
+        self.values, self.places = nn.Parameter(left[places].to(weight.dtype)), places.to(self.places.dtype)
+
+
+def random_places(entries: int, count: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """`count` of so many entries, uniformly without replacement, ascending."""
+    return torch.randperm(entries, generator=generator, device=generator.device)[:count].sort().values
 
 
 def dense(
