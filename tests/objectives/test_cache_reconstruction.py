@@ -3,9 +3,11 @@
 import types
 from typing import Any
 
+import pytest
 import torch
 
 import layerwise as lw
+from layerwise.errors import BadInput
 from layerwise.nn.positions import rotary_angles, rotate
 from layerwise.objectives.cache import CacheReconstruction
 from layerwise.train.loop import train
@@ -22,6 +24,19 @@ def _model(bits: int | None = None, **layer: Any) -> Any:
 
 def _batch() -> dict[str, torch.Tensor]:
     return {"input_ids": torch.randint(40, (2, 21), generator=torch.Generator().manual_seed(0))}
+
+
+def _rows(ids: torch.Tensor) -> Any:
+    class Rows:
+        tokens_per_row = ids.shape[1]
+
+        def __len__(self) -> int:
+            return len(ids)
+
+        def batch(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"input_ids": ids[index]}
+
+    return Rows()
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -80,23 +95,19 @@ def test_only_factors_are_trained_and_all_is_as_before() -> None:
     names = {f"stack.layers.{i}.mixer.branch.{r}.factor_{f}" for i in range(3) for r in "kv" for f in "ab"}
     assert set(_gradients(_model(bits=4))) == names
 
-    class Rows:
-        tokens_per_row = 21
-
-        def __len__(self) -> int:
-            return 2
-
-        def batch(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"input_ids": _batch()["input_ids"][index]}
-
-    data = types.SimpleNamespace(train=Rows(), validation=Rows())
+    data = types.SimpleNamespace(train=_rows(_batch()["input_ids"]), validation=_rows(_batch()["input_ids"]))
     spec = TrainSpec("cache-reconstruction", steps=40, batch=2, log_every=1)
     start = CacheReconstruction()(model, _batch()).mean
     found = train(model, data, spec)
     assert {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])} == names
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert found.findings.metrics["train_loss"] < 0.97 * start
-    assert set(found.findings.metrics) == {"train_loss", "key_error", "value_error"}
+    assert set(found.findings.metrics) == {"train_loss", "key_error", "value_error", "cache_loss"}
+    # What is measured on held-out rows is the objective, and falls with it.
+    measured = lw.analyze.cache_errors(model, data).metrics
+    assert measured == {name: found.findings.metrics[name] for name in measured}
+    assert measured["cache_loss"] == pytest.approx(CacheReconstruction()(model, _batch()).mean.item(), rel=1e-5)
+    assert measured["cache_loss"] < 0.97 * start
 
 
 def test_rounding_reaches_the_loss() -> None:
@@ -105,3 +116,26 @@ def test_rounding_reaches_the_loss() -> None:
     assert CacheReconstruction()(coarse, _batch()).mean > CacheReconstruction()(exact, _batch()).mean
     name = "stack.layers.0.mixer.branch.v.factor_a"
     assert not torch.allclose(_gradients(exact)[name], _gradients(coarse)[name])
+
+
+def test_errors_are_shares_of_keys_and_of_values() -> None:
+    """By layer, against norms of matrices; a decomposition of full rank loses nothing, and a model that keeps everything is refused."""
+    model = _model()
+    ids = _batch()["input_ids"]
+    data = types.SimpleNamespace(validation=_rows(ids))
+    found = lw.analyze.cache_errors(model, data, batch=1, batches_at_most=2)
+    with torch.no_grad():
+        for i, layer in enumerate(model.stack.layers):
+            part, read = layer.mixer.branch, []
+            hook = part.k.register_forward_pre_hook(lambda _m, given, read=read: read.append(given[0]))
+            model({"input_ids": ids})
+            hook.remove()
+            for j, linear in ((1, part.k), (2, part.v)):
+                exact = linear(read[0])
+                lost = torch.linalg.norm(exact - linear.widen(linear.shrink(read[0]))) ** 2 / torch.linalg.norm(exact) ** 2
+                assert found.tables[0].rows[i][j] == pytest.approx(lost.item(), rel=1e-4)
+    base = lw.load("decoder", embedding={"vocab": 40, "std": 1.0}, stack={"depth": 1, "width": 16, "layer": LAYER})
+    whole = lw.edit.shrink_cache(base, density=1.0, start="svd")
+    assert lw.analyze.cache_errors(whole, data).metrics["cache_loss"] < 1e-10
+    with pytest.raises(BadInput, match="keeps thin features"):
+        lw.analyze.cache_errors(base, data)

@@ -14,7 +14,7 @@ TRAINING = ("train_loss",)
 EXPORT = ("export_bytes",)
 OBJECTIVES: dict[str, tuple[str, ...]] = {
     "answers": (),
-    "cache-reconstruction": ("key_error", "value_error"),
+    "cache-reconstruction": ("key_error", "value_error", "cache_loss"),
     "causal-lm": (),
     "classification": (),
     "deep-supervision": (),
@@ -54,6 +54,7 @@ ANALYSES: dict[str, tuple[str, ...]] = {
     "attention-entropy": ("attention_entropy",),
     "bits-curve": ("curve_loss", "curve_added"),
     "cache-spectrum": ("key_lost_half", "key_lost_80", "value_lost_half", "value_lost_80"),
+    "cache-errors": ("key_error", "value_error", "cache_loss"),
     "block-drop": ("block_loss", "block_loss_added"),
     "block-sweep": ("whole_loss", "angular_regret_mean"),
     "gradient-norms": ("grad_norm_variation",),
