@@ -45,3 +45,20 @@ def test_scales_decide_what_is_nearest(weight: torch.Tensor) -> None:
     for _ in range(20):
         moved = [t + 0.01 * torch.randn(t.shape, generator=nudge, dtype=t.dtype) for t in (b, a)]
         assert lost(b, a) < lost(*moved)
+
+
+def test_a_matrix_is_decomposed_once_for_all_ranks_and_bit_for_bit_as_anew(weight: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *given, **more: made.append(1) or svd(*given, **more))
+    scales, kept = torch.rand(20, generator=torch.Generator().manual_seed(1)) + 0.1, {}
+    for other in (None, scales):
+        for rank in (9, 5, 1):
+            for a, b in zip(svd_factors(weight, rank, other, kept), svd_factors(weight, rank, other), strict=True):
+                assert torch.equal(a, b)
+    assert len(made) == 2 + 6  # one for each scaling, and six anew
+    svd_factors(weight.clone(), 9, None, kept)
+    assert len(made) == 8
+    # A higher rank, another type and another matrix are not among them.
+    for new in (svd_factors(weight, 12, None, kept), svd_factors(weight.float(), 9, None, kept), svd_factors(weight + 1, 9, None, kept)):
+        assert len(new) == 2
+    assert len(made) == 11

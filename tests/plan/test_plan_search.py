@@ -125,6 +125,18 @@ def test_a_mean_loss_counts_every_token_once() -> None:
     assert mean([(4.0, 2), (9.0, 3)]) == 13 / 5
 
 
+def test_a_matrix_is_decomposed_once_for_all_levels_and_the_candidates_are_the_same(text: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposed, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda *given, **more: decomposed.append(1) or svd(*given, **more))
+    model, kept = _model(depth=2), {}
+    uneven = (Choice(rank=0.25, bits=4), Choice(rank=0.5))
+    plans = [(Choice(rank=rank),) * 2 for rank in LEVELS["rank"]] + [uneven]
+    ours = [applied(model, text, stages(plan, HOW), 0, kept=kept).state_dict() for plan in plans]
+    assert len(decomposed) == 2 * 7
+    anew = [applied(model, text, stages(plan, HOW), 0).state_dict() for plan in plans]
+    assert all(a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a) for a, b in zip(ours, anew, strict=True))
+
+
 def test_a_damage_is_what_the_model_does_with_one_layer_changed(text: Any) -> None:
     model = _model(depth=3, seed=1)
     moves = [Choice(drop=True), Choice(bits=2), Choice(ffn=0.5)]

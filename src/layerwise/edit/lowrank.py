@@ -17,7 +17,7 @@ from layerwise.errors import BadInput
 from layerwise.models.model import Model, rebuilt
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import Dense
-from layerwise.nn.linears.factors import activation_scales, svd_factors
+from layerwise.nn.linears.factors import Kept, activation_scales, svd_factors
 from layerwise.nn.linears.lowrank import LowRank
 from layerwise.nn.linears.sparse import SparseLowRank
 from layerwise.stack.parts_spec import LinearSpec
@@ -30,6 +30,7 @@ Places = Literal["largest", "random"]
 def factorize(
     model: Model,
     data: Any = None,
+    kept: Kept | None = None,
     *,
     ratio: float | Sequence[float | None] | None = None,
     rank: int | Sequence[int | None] | None = None,
@@ -51,6 +52,7 @@ def factorize(
     With a residual W = B A + S, where S holds floor(residual out in) entries of W - B A in sparse form (`sparse-low-rank` linears).
 
     Args:
+        kept: what matrices were decomposed into before, so that other ranks of them cost nothing; added to.
         ratio: how many times fewer numbers, of all layers or for each (None there: that layer stays).
         rank: of every matrix instead of a ratio (or all it has, if that is less), of all layers or for each.
         by: `svd`, the nearest product; `inputs`, the nearest as inputs are scaled (`layerwise.nn.linears.factors`), measured on
@@ -82,8 +84,8 @@ def factorize(
             module.to_empty(device=weight.device).to(weight.dtype).initialize(std, generator)
             module.bias = bias
             continue
-        b, a = svd_factors(weight.detach(), module.factor_a.shape[0], scales.get(name))
-        module.factor_a, module.factor_b = nn.Parameter(a.contiguous()), nn.Parameter(b.contiguous())
+        b, a = svd_factors(weight.detach(), module.factor_a.shape[0], scales.get(name), kept)
+        module.factor_a, module.factor_b = (nn.Parameter(t.clone(memory_format=torch.contiguous_format)) for t in (a, b))
         if isinstance(module, SparseLowRank):
             module.take_residual(weight, generator if places == "random" else None)
     return new

@@ -28,6 +28,7 @@ from layerwise.models.load import load_any
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
 from layerwise.models.two_towers import TwoTowers
+from layerwise.nn.linears.factors import Kept
 from layerwise.plan.choice import FAMILIES, LEVELS, Choice, How, applied, check_plannable, previewed, stages
 from layerwise.plan.damage import Damages, Probe, damages
 from layerwise.plan.latency import LayerLatency, Work, milliseconds
@@ -129,13 +130,14 @@ def plan_model(
     how = dataclasses.replace(how, **measure.scores)
     moves = [Choice(**{name: level}) for name, chosen in levels.items() for level in chosen]
     probe = Probe(model, data, measure, samples=how.samples, batch=how.batch, seed=seed + 1)  # other rows than those that are calibrated on
-    sensitivity = damages(probe, moves, lambda plan: applied(model, data, stages(plan, how), seed), say)
+    kept: Kept = {}  # a matrix is decomposed once, whatever ranks are tried
+    sensitivity = damages(probe, moves, lambda plan: applied(model, data, stages(plan, how), seed, kept=kept), say)
     space.expect(sensitivity)
     for target in targets:
         check_reachable(space, families, int(target * whole), whole, target_ms)
     trials = Trials(
         model, data, measure, space, probe, how, rows=rows, batch=how.batch, seed=seed, work=work, say=say,
-        between=healing(measure.training, heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device),
+        between=healing(measure.training, heal, heal_lr, dtype), train=partial(_trained, data=data, seed=seed, device=device), kept=kept,
     )  # fmt: skip
     found = [trials.best(target, int(target * whole), families, ms=target_ms, tries=tries) for target in targets]
     as_is: Candidate | None = None

@@ -12,6 +12,7 @@ from layerwise.edit import EDITS, PREVIEWS
 from layerwise.errors import BadInput
 from layerwise.models.model import Model
 from layerwise.models.spec import ModelSpec
+from layerwise.nn.linears.factors import Kept
 from layerwise.plan.measure import check_measurable
 from layerwise.table import lookup
 
@@ -136,11 +137,14 @@ def previewed(spec: ModelSpec, made: Mapping[str, Mapping[str, Any]]) -> ModelSp
     return spec
 
 
-def applied(model: Model, data: Any, made: Mapping[str, Mapping[str, Any]], seed: int, train: Train | None = None) -> Model:
+def applied(
+    model: Model, data: Any, made: Mapping[str, Mapping[str, Any]], seed: int, train: Train | None = None, kept: Kept | None = None
+) -> Model:
     """What the edits make of a model; those that draw at random draw with the seed.
 
     Args:
         train: does a stage that trains, given its name and content; it leaves the model that it is given alone.
+        kept: what earlier edits decomposed matrices into, for the next.
     """
     for name, stage in made.items():
         if "train" in stage:
@@ -150,7 +154,8 @@ def applied(model: Model, data: Any, made: Mapping[str, Mapping[str, Any]], seed
         edit = lookup(EDITS, stage["edit"], "edit")
         known = inspect.signature(edit).parameters
         options = {k: v for k, v in stage.items() if k != "edit"} | ({"seed": seed} if "seed" in known else {})
-        model = edit(model, data, **options) if "data" in known else edit(model, **options)
+        options |= {name: value for name, value in (("data", data), ("kept", kept)) if name in known}
+        model = edit(model, **options)
     return model
 
 

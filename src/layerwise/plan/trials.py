@@ -10,6 +10,7 @@ from typing import Any
 from layerwise.edit.drop import choose_block
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
+from layerwise.nn.linears.factors import Kept
 from layerwise.plan.choice import Choice, How, Plan, Train, applied, stages
 from layerwise.plan.damage import Probe
 from layerwise.plan.latency import Work, milliseconds
@@ -50,6 +51,7 @@ class Trials:
     Args:
         rows, batch: how many rows of validation and of test text, and how many at a time.
         between, train: stages that heal a candidate before it is rounded, and what does those of them that train.
+        kept: what matrices were decomposed into when single changes were made.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class Trials:
         work: Work | None = None,
         between: Mapping[str, dict[str, Any]] | None = None,
         train: Train | None = None,
+        kept: Kept | None = None,
         say: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.model, self.data, self.measure, self.space, self.probe, self.how, self.seed = model, data, measure, space, probe, how, seed
         self.rows, self.batch, self.work, self.say = rows, batch, work, say
-        self.between, self.train = between, train
+        self.between, self.train, self.kept = between, train, kept
         self._targets: dict[str, list[Target]] = {}
         self.whole = mean(self.losses(model, "validation"))
         self.tried: dict[tuple[int, ...], Candidate] = {}
@@ -79,7 +82,9 @@ class Trials:
 
     def make(self, candidate: Candidate) -> Model:
         """The model that a candidate describes, by the very edits that its job has."""
-        return applied(self.model, self.data, self.stages(candidate), self.seed, self.train)
+        # Behind layers that are gone or cut, matrices read other inputs: what they are decomposed into serves no other candidate.
+        kept = self.kept if {"drop", "width"}.isdisjoint(candidate.families) else None
+        return applied(self.model, self.data, self.stages(candidate), self.seed, self.train, kept)
 
     def stages(self, candidate: Candidate) -> dict[str, dict[str, Any]]:
         """What a candidate's job does."""
