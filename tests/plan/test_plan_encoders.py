@@ -98,6 +98,22 @@ def test_damages_of_encoders_without_a_head_turn_the_vectors_of_texts(text: Any)
     assert found[Choice(tokens=2)][:3] == [NONE] * 3 and found[Choice(tokens=2)][3].added == pytest.approx(table, abs=1e-5) != 0
 
 
+@pytest.mark.parametrize("pool", ["first", "max"])
+def test_vectors_are_those_that_the_model_pools(pool: str, text: Any) -> None:
+    model = encoder(head=None, pool=pool)
+    other = applied(model, text, {"drop": {"edit": "drop-layers", "layers": [1]}}, 0)
+    (target, *_) = measure_for(model, text, "").targets(batches(text.validation, 4, 1))
+    with inference(model), inference(other):
+        a, b = ({"first": h[:, 0], "max": h.amax(dim=1)}[pool] for h in (m(target.rows).hidden for m in (model, other)))
+        assert target.loss(other(target.rows)) == pytest.approx(float((1 - F.cosine_similarity(b, a)).sum()), abs=1e-5)
+
+
+def test_a_model_whose_pooling_is_not_known_is_refused(text: Any, tmp_path: Path) -> None:
+    lw.save(encoder(head=None, pool=None), tmp_path / "model", tokenizer=text.tokenizer)
+    told = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--out", str(tmp_path / "plan")])
+    assert told.exit_code == 2 and "1_Pooling" in told.output and not (tmp_path / "plan").exists()
+
+
 def test_the_table_of_tokens_is_a_place_of_its_own_and_what_trying_all_plans_finds_is_found() -> None:
     spec = encoder(head=None).spec
     space = Space(spec, LayerBytes(torch.float32), LEVELS, HOW)

@@ -17,13 +17,20 @@ from layerwise.models.model import Model
 
 
 def sentence_embeddings(
-    model: Model, tokenizer: Any, texts: Sequence[str], *, how: str = "mean", normalize: bool = True, length: int = 256, batch: int = 32
+    model: Model,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    how: str | None = None,
+    normalize: bool = True,
+    length: int = 256,
+    batch: int = 32,
 ) -> Float[Tensor, "texts width"]:
     """One vector a text, in the order given.
 
     Args:
         tokenizer: a `tokenizers.Tokenizer`; its own truncation and padding are left aside, its special tokens added.
-        how: `mean` of the hidden vectors of all real tokens, the `first` ([CLS]) or the `last`.
+        how: `mean` or `max` of the hidden vectors of all real tokens, the `first` ([CLS]) or the `last` (None: the model's own).
         normalize: vectors of length 1, so that their products are cosines.
         length: tokens that are looked at, special ones included.
 
@@ -47,7 +54,7 @@ def sentence_embeddings(
             lengths = torch.tensor([len(rows[i]) for i in these], device=model.device)
             mask = torch.arange(ids.shape[1], device=model.device) < lengths[:, None]
             out = model({"input_ids": ids, "attention_mask": mask.long()})
-            vectors = pool(out.hidden, how, mask)
+            vectors = out.pooled if how is None else pool(out.hidden, how, mask)
             for i, vector in zip(these, F.normalize(vectors, dim=-1) if normalize else vectors, strict=True):
                 found[i] = vector
     return torch.stack(found)

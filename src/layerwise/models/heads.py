@@ -18,7 +18,7 @@ def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0, 
     """Reduce (b, s, width) over its real positions (mask (b, s), True: real), or (b, c, h, w) over space, to (b, width).
 
     Args:
-        how: see `HeadSpec.pool`; `first_and_patches` and `distilled` give (b, 2 width).
+        how: see `HeadSpec.pool` and `ModelSpec.pool`; `first_and_patches` and `distilled` give (b, 2 width).
         prefix: positions before an image's patches. ends: (b,) where each text ends.
     """
     if hidden.dim() == 4:
@@ -36,6 +36,8 @@ def pool(hidden: Tensor, how: str, mask: Tensor | None = None, prefix: int = 0, 
         return hidden[torch.arange(len(hidden), device=hidden.device), ends]
     if how == "distilled":
         return hidden[:, :2].flatten(1)
+    if how == "max":
+        return (hidden if mask is None else hidden.masked_fill(~mask[..., None], -torch.inf)).amax(dim=1)
     if mask is None:
         return {"mean": lambda: hidden.mean(dim=1), "first": lambda: hidden[:, 0], "last": lambda: hidden[:, -1]}[how]()
     if how == "mean":

@@ -25,7 +25,7 @@ from layerwise.memory import check_room
 from layerwise.models.filters import Filters
 from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
-from layerwise.models.spec import ModelSpec
+from layerwise.models.spec import UNKNOWN_POOLING, ModelSpec
 from layerwise.nn.cache import Cache
 from layerwise.stack.context import PAD, Around, Context
 from layerwise.stack.stack import Stack
@@ -56,10 +56,16 @@ class Output:
 
     @property
     def pooled(self) -> Tensor:
-        """(b, width): positions reduced as the head's `pool` says (their mean without a classifier)."""
-        spec = self.model.spec.head
-        prefix = getattr(self.model.spec.embedding, "prefix", 0)
-        return pool(self.hidden, spec.pool if spec else "mean", self.mask, prefix, self.ends)
+        """(b, width): positions reduced as the head's `pool` says, or without a head the model's.
+
+        Raises:
+            BadInput: the checkpoint that the model came from has a way that is not known here.
+        """
+        spec = self.model.spec
+        how = spec.head.pool if spec.head else spec.pool
+        if how is None:
+            raise BadInput(UNKNOWN_POOLING)
+        return pool(self.hidden, how, self.mask, getattr(spec.embedding, "prefix", 0), self.ends)
 
     @property
     def logits(self) -> Tensor:

@@ -15,6 +15,12 @@ from layerwise.errors import BadInput
 from layerwise.models.plain_spec import PlainStackSpec
 from layerwise.stack.spec import Activation, Norm, StackSpec
 
+Pooling = Literal["mean", "first", "last", "max"]
+UNKNOWN_POOLING = (
+    "this checkpoint makes one vector of a text in a way that is not known here (1_Pooling/config.json); known are mean, cls, lasttoken and "
+    "max, one of them"
+)
+
 
 @dataclass(frozen=True)
 class HeadSpec:
@@ -136,6 +142,8 @@ class ModelSpec:
         target: the decoder's embedding; None shares the encoder's.
         adapters_only: every parameter is frozen except low-rank terms (LoRA).
         filters: maps that read layers' outputs in distillation; the model computes the same without them.
+        pool: without a head, how positions become the one vector of a text or an image: over the real ones (None: in a way that is not
+            known here, and asking for the vector is an error).
     """
 
     embedding: EmbeddingSpec = field(default_factory=TokenSpec)
@@ -145,6 +153,7 @@ class ModelSpec:
     target: TokenSpec | None = None
     adapters_only: bool = False
     filters: FilterSpec | None = None
+    pool: Pooling | None = "mean"
 
     __pydantic_config__ = FORBID
 

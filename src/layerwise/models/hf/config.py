@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from layerwise.errors import BadInput
@@ -76,6 +77,8 @@ def special_tokens(tokenizer: Any, config: dict[str, Any]) -> dict[str, str]:
 
 
 def _reads_as(family: Family, config: dict[str, Any], spec: ModelSpec) -> bool:
+    if isinstance(spec, ModelSpec):
+        spec = dataclasses.replace(spec, pool="mean")  # a config says nothing of it
     try:
         return family.read(config, spec.head is not None) == spec
     except (BadInput, KeyError, TypeError, AttributeError, ValueError):

@@ -19,6 +19,7 @@ from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pick
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import Family, Pair, is_tied, layer_ties, parts_of, shapes_of
 from layerwise.models.hf.gptq_read import Place, packed_linears, read_settings, take_packed, with_linears
+from layerwise.models.hf.pooling import pooling_of
 from layerwise.models.hf.shards import read_names, read_sizes, read_tensors, write_tensors
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
@@ -191,6 +192,8 @@ def _described(folder: Path, config: dict[str, Any]) -> tuple[Family, ModelSpec]
         spec = family.read(config, _has_head(family, folder, config))
         # Numbers that are none, or not whole, are found here and not inside a module that is built from them.
         spec = model_spec(spec_data(spec))
+        if isinstance(spec, ModelSpec):
+            spec = dataclasses.replace(spec, pool=pooling_of(read_sidecars(folder)))
         if any(isinstance(part.embedding, TokenSpec) and part.embedding.vocab is None for part in parts_of(spec)):
             raise BadInput("config.json: vocab_size is missing")
         if any(getattr(part.embedding, "channels", 0) is None for part in parts_of(spec)):

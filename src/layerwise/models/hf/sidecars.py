@@ -1,4 +1,4 @@
-"""Small files that stand beside a checkpoint and tell other libraries how to use it: kept as they were, never interpreted."""
+"""Small files that stand beside a checkpoint and tell other libraries how to use it: kept as they were."""
 
 from __future__ import annotations
 
