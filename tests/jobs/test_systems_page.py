@@ -36,6 +36,17 @@ def test_trend_is_shown_from_small_to_large_where_there_are_several(tmp_path: Pa
     assert text.count("Over scales:") == 1
 
 
+def test_a_scale_that_compares_other_arms_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_RECEIPTS", str(tmp_path))
+    other = receipt(2.25, 100, "fails")
+    other["variants"]["mix-ln"], other["claim"]["baseline"] = other["variants"].pop("pre-ln"), "mix-ln"
+    for scale, made in (("small", receipt(1.75, 900, "holds")), ("mini", other)):
+        (tmp_path / scale).mkdir()
+        (tmp_path / scale / "gpas.json").write_text(json.dumps(made))
+    text = docs.page()
+    assert "| mini (gpas against mix-ln) | builtin:code | 101 |" in text and "| small | builtin:code | 901 |" in text
+
+
 def test_one_receipt_is_no_trend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERWISE_RECEIPTS", str(tmp_path))
     (tmp_path / "small").mkdir()

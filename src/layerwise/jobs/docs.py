@@ -60,13 +60,14 @@ def _detail(entry: dict[str, Any], job: dict[str, Any], receipt: dict[str, Any] 
             mean = f"{arm['mean']:.4g}" if arm["mean"] is not None else "no value"
             lines.append(f"| {name} | {mean} | {arm['std'] or 0:.2g} | {arm['seconds']:.0f} | {arm['params']:,} |")
         lines.append("")
-    lines += _trend(entry["name"])
+    lines += _trend(entry["name"], tuple(job["claim"][role] for role in ("method", "baseline")))
     lines += [f"- {note}" for note in job.get("notes", [])]
     return "\n".join(lines) + "\n"
 
 
-def _trend(name: str) -> list[str]:
-    """The claim's difference at every scale, where receipts of more than one are there: other sizes of the network, or other data."""
+def _trend(name: str, usual: tuple[str, ...]) -> list[str]:
+    """The claim's difference at every scale, where receipts of more than one are there: other sizes of the network, or other data; and
+    which arms a scale compares, where they are not the `usual` ones."""
     found = [(scale, receipt_data(name, scale)) for scale in ("tiny", "mini", "small", "full")]
     receipts = [(scale, receipt) for scale, receipt in found if receipt is not None]
     if len(receipts) < 2:
@@ -78,9 +79,12 @@ def _trend(name: str) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for scale, receipt in receipts:
-        params = receipt["variants"][receipt["claim"]["method"]]["params"]
+        claim = receipt["claim"]
+        params = receipt["variants"][claim["method"]]["params"]
+        arms = tuple(claim[role] for role in ("method", "baseline"))
+        other = "" if arms == usual else f" ({arms[0]} against {arms[1]})"
         data = ", ".join(dict.fromkeys(source["name"] for source in receipt["data"]))
-        lines.append(f"| {scale} | {data} | {params:,} | {_measured(receipt, receipt['claim'])} |")
+        lines.append(f"| {scale}{other} | {data} | {params:,} | {_measured(receipt, claim)} |")
     return [*lines, ""]
 
 
