@@ -1,4 +1,4 @@
-"""Rounding matrices: GPTQ, the correction of propagated error, token weights, rotation, scaling, and all of them in one edit.
+"""Rounding matrices: GPTQ, the correction of propagated error, token weights, rotation, and all of them in one edit.
 
 The numbers in names are those of the checks that the methods' descriptions ask for.
 """
@@ -19,7 +19,6 @@ from layerwise.edit.quantization.engine import Recipe, calibration_rows, enter, 
 from layerwise.edit.quantization.gptq import gptq, rtn
 from layerwise.edit.quantization.moments import Moments, corrected
 from layerwise.edit.quantization.rotation import hadamard, orthogonal, rotated
-from layerwise.edit.quantization.scaling import best_scale, scale_layer
 from layerwise.edit.quantization.tokens import attention_received, token_scores, token_weights
 from layerwise.errors import BadInput
 from layerwise.models.model import build
@@ -280,7 +279,7 @@ def test_rsq_7_shifts_are_cyclic_and_one_is_none(text):
     assert torch.equal(one[0]["input_ids"], many[0]["input_ids"])
 
 
-# --- rotation and scaling
+# --- rotation
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 12, 20, 24, 28, 36, 48, 96, 128, 176])
@@ -334,20 +333,6 @@ def test_models_that_cannot_be_turned_are_refused():
         lw.edit.rotate(_model(norm="layernorm"))
     with pytest.raises(BadInput, match="rotate: random"):
         hadamard(22 * 3)
-
-
-@pytest.mark.parametrize("layer", [{}, {"kv_heads": 1}, {"norm": "rmsnorm_zero"}, {"ffn": "gelu"}])
-def test_a_layer_scaled_for_its_inputs_computes_the_same(layer, text):
-    model = _model(**layer)
-    block = copy.deepcopy(model.stack.layers[1])
-    sizes = {"q": torch.rand(48) + 0.1, "o": torch.rand(48) + 0.1, "up": torch.rand(48) + 0.1, "down": torch.rand(80) + 0.1}
-    hessians = {r: torch.diag(s.square()) for r, s in sizes.items()}
-    with torch.no_grad():
-        x, ctx = enter(model, _ids(text))
-        before = block(x, ctx, (1, 0))
-        scale_layer(block, hessians, sizes, bits=2, group=None)
-        torch.testing.assert_close(block(x, ctx, (1, 0)), before, atol=1e-4, rtol=1e-4)
-    assert not torch.equal(block.mixer.branch.q.weight, model.stack.layers[1].mixer.branch.q.weight)
 
 
 # --- bits of each layer
@@ -563,14 +548,3 @@ def test_tokens_and_their_moments_weigh_what_the_authors_code_of_rsq_makes_of_th
     moments = Moments(32)
     moments.add(rows, token_weights(rows.norm(dim=-1), floor=golden["floor"]))
     torch.testing.assert_close(moments.hessian[[3, 17]], torch.tensor(golden["hessian_rows"]), atol=2e-4, rtol=1e-4)
-
-
-def test_awq_finds_the_scales_that_its_authors_code_finds_for_one_matrix():
-    _, x = _formulas()
-    x = x * torch.linspace(0.2, 3, 32)[torch.arange(32) * 7 % 32]
-    at = torch.arange(32 * 32, dtype=torch.float64)
-    w = torch.sin(at * 1.7 + 0.3 * at.sqrt()).view(32, 32).float()
-    for case in _golden("awq")["cases"]:
-        weight = w.t() if case["turned"] else w
-        made = best_scale([weight], x.t() @ x, x.abs().mean(dim=0), bits=case["bits"], group=case["group"], stored=torch.float32)
-        torch.testing.assert_close(made, torch.tensor(case["scales"]), atol=2e-5, rtol=1e-5)

@@ -10,6 +10,7 @@ from layerwise.edit.quantization.engine import quantized_layers, recipe_of
 from layerwise.edit.quantization.quantize import preview_quantize
 from layerwise.edit.quantization.rotation import Rotation
 from layerwise.edit.quantization.rotation import rotate as turn
+from layerwise.edit.quantization.scaling import Clip, Scale
 from layerwise.edit.quantization.tokens import Tokens
 from layerwise.models.model import Model
 
@@ -22,11 +23,11 @@ def quantization_error(
     method: Literal["rtn", "gptq"] = "gptq",
     group: int | None = None,
     symmetric: bool = False,
-    clip: bool = False,
+    clip: Clip = False,
     act_order: bool = False,
     damping: float = 0.01,
     rotate: Rotation | None = None,
-    scale: Literal["awq"] | None = None,
+    scale: Scale | None = None,
     propagate: float = 0.0,
     propagate_damping: float = 1.0,
     propagate_down: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,10 @@ class Grid:
         """What the codes stand for."""
         scales, zeros = self._spread(codes.shape[1], first)
         return scales * (codes.to(scales.dtype) - zeros)
+
+    def divided(self, by: Float[Tensor, " out"], stored: torch.dtype = torch.float16) -> Grid:
+        """The grid of the rows divided by one positive number each: the same codes stand for them."""
+        return dataclasses.replace(self, scales=(self.scales / by[:, None]).clamp(min=_smallest(stored)).to(stored).float())
 
     def _spread(self, columns: int, first: int) -> tuple[Tensor, Tensor]:
         if self.scales.shape[1] == 1:
@@ -111,7 +116,11 @@ def fake_quantize(x: Float[Tensor, "... group"], bits: int | None) -> Float[Tens
 
 
 def _range(low: Tensor, high: Tensor, bits: int, symmetric: bool, stored: torch.dtype) -> tuple[Tensor, Tensor]:
-    smallest = 6e-8 if stored == torch.float16 else torch.finfo(stored).tiny
-    scales = ((high - low) / (2**bits - 1)).clamp(min=smallest).to(stored).float()
+    scales = ((high - low) / (2**bits - 1)).clamp(min=_smallest(stored)).to(stored).float()
     middle = torch.full_like(scales, 2 ** (bits - 1))
     return scales, middle if symmetric else torch.round(-low / scales).clamp(0, 2**bits - 1)
+
+
+def _smallest(stored: torch.dtype) -> float:
+    """The smallest positive scale that is told from zero."""
+    return 6e-8 if stored == torch.float16 else torch.finfo(stored).tiny

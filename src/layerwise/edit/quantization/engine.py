@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import tempfile
@@ -12,23 +11,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layerwise.edit.quantization.gptq import gptq, rtn
 from layerwise.edit.quantization.moments import Moments, corrected
-from layerwise.edit.quantization.scaling import scale_layer
+from layerwise.edit.quantization.passage import GROUPS, Passage
+from layerwise.edit.quantization.scaling import Clip, Scale, clipped, scale_group, scale_layer
 from layerwise.edit.quantization.tokens import Tokens, token_scores, token_weights
 from layerwise.evaluate.batches import inference, split_of
 from layerwise.models.model import Model
 from layerwise.nn.integers import Grid
 from layerwise.nn.linears.lowrank import LowRank
 from layerwise.safetensor import load_tensors, save_tensors
-from layerwise.stack.context import PAD, Context
-from layerwise.stack.record import inputs_of
+from layerwise.stack.context import Context
 
 Codes = tuple[Tensor, Grid]
-GROUPS = (("mixer", ("q", "k", "v")), ("mixer", ("o",)), ("ffn", ("gate", "up")), ("ffn", ("down",)))
-"""The matrices of a layer in the order they are quantized; those of one group read the same inputs."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +35,10 @@ class Recipe:
     method: Literal["rtn", "gptq"] = "gptq"
     group: int | None = None
     symmetric: bool = False
-    clip: bool = False
+    clip: Clip = False
     act_order: bool = False
     damping: float = 0.01
-    scale: Literal["awq"] | None = None
+    scale: Scale | None = None
     propagate: float = 0.0
     propagate_damping: float = 1.0
     propagate_down: bool = False
@@ -53,11 +50,16 @@ class Recipe:
     @property
     def calibrates(self) -> bool:
         """Whether it looks at data."""
-        return self.method != "rtn" or self.scale is not None or bool(self.propagate)
+        return self.scale is not None or self.reads
+
+    @property
+    def reads(self) -> bool:
+        """Whether a group of matrices needs the second moments of its inputs when its turn comes."""
+        return self.method != "rtn" or bool(self.propagate) or self.clip == "awq"
 
     def grid(self) -> dict[str, Any]:
         """What `find_grid` is told, without the bits."""
-        return {"group": self.group, "symmetric": self.symmetric, "clip": self.clip}
+        return {"group": self.group, "symmetric": self.symmetric, "clip": self.clip is True}
 
 
 @dataclass
@@ -184,45 +186,108 @@ class _State:
 
 
 def _quantize_layer(index: int, layer: Any, bits: int, state: _State) -> Quantized:
-    work = copy.deepcopy(layer)
+    """Group after group is corrected, scaled and rounded, on what the groups rounded before it make of the inputs.
+
+    Scales are searched on the weights that are to be rounded: where none is corrected, those of all groups before any is rounded.
+    """
     recipe, codes = state.recipe, {}
+    now = Passage(index, copy.deepcopy(layer), state.quantized, state.contexts)
+    full = None if state.full is None else Passage(index, layer, state.full, state.contexts)
     if bits < 16:
-        if recipe.scale == "awq":
-            hessians, sizes = _magnitudes(index, work, state)
-            scale_layer(work, hessians, sizes, bits=bits, **recipe.grid() | {"clip": False})
-        original = copy.deepcopy(work) if recipe.propagate else layer
-        weights = [_weights(index, work, state, i) for i in range(len(state.quantized))] if recipe.tokens else None
+        if recipe.scale and not recipe.propagate:
+            scale_layer(now, recipe.scale, bits=bits, **recipe.grid())
+        weights = [_weights(now, state, i) for i in range(len(state.quantized))] if recipe.tokens else None
         for side, roles in GROUPS:
-            branch = getattr(work, side).branch
-            linears = {role: m for role in roles if (m := getattr(branch, role, None)) is not None}
-            moments = _moments(index, work, original, side, next(iter(linears)), weights, state) if recipe.calibrates else None
-            thin = {role: m for role, m in linears.items() if isinstance(m, LowRank)}
-            for role, linear in thin.items():
-                codes[side, f"{role}.factor_a"], codes[side, f"{role}.factor_b"] = _rounded_factors(linear, bits, moments, recipe)
-            for role, made in _rounded({r: m for r, m in linears.items() if r not in thin}, bits, moments, recipe).items():
-                codes[side, role] = made
-                linears[role].weight.data = made[1].values(made[0]).to(linears[role].weight.dtype)
+            linears = now.group(side, roles)
+            moments = _moments(now, full if recipe.propagate else None, side, next(iter(linears)), weights) if recipe.reads else None
+            matrices = {role: linear.weight.detach().float() for role, linear in linears.items() if not isinstance(linear, LowRank)}
+            for role in linears.keys() - matrices.keys():
+                codes[side, f"{role}.factor_a"], codes[side, f"{role}.factor_b"] = _rounded_factors(linears[role], bits, moments, recipe)
+            if moments is not None and recipe.propagate:  # of no low-rank linear: see `preview_quantize`
+                matrices = _corrected(matrices, moments, recipe)
+                if recipe.scale:
+                    matrices = _scaled(now, linears, matrices, moments, bits, recipe, codes)
+            for role, (made, grid) in _rounded(matrices, bits, moments, recipe).items():
+                codes[side, role] = made, grid
+                linears[role].weight.data = grid.values(made).to(linears[role].weight.dtype)
     lost, whole = 0.0, 0.0
-    for i, ctx in enumerate(state.contexts):
-        state.quantized[i] = x = work(state.quantized[i], ctx, (index, 0))
-        if state.full is not None:
-            state.full[i] = y = layer(state.full[i], ctx, (index, 0))
+    for i in range(len(state.quantized)):
+        state.quantized[i] = x = now.out(i)
+        if state.full is not None and full is not None:
+            state.full[i] = y = full.out(i)
             lost += float((y - x).float().square().sum())
             whole += float(y.float().square().sum())
-    return Quantized(codes, work, lost / whole if state.full is not None and whole else None)
+    return Quantized(codes, now.layer, lost / whole if state.full is not None and whole else None)
 
 
-def _rounded(linears: dict[str, Any], bits: int, moments: Moments | None, recipe: Recipe) -> dict[str, Codes]:
-    """The matrices of a group, rounded as one: they read the same inputs, and rows do not see each other."""
-    if not linears:
+def _weights(at: Passage, state: _State, i: int) -> Tensor:
+    """The weights of a batch's tokens in a layer that is not quantized yet."""
+    kind = state.recipe.tokens
+    assert kind is not None
+    scores = token_scores(kind, at.layer, at.stream[i], at.contexts[i], at.index, state.ids[i], state.frequency, state.generator)
+    floor = 0.0 if kind in ("first", "first-last") else state.recipe.floor
+    return token_weights(scores, at.real(i), floor=floor, exponent=state.recipe.exponent)
+
+
+def _moments(now: Passage, full: Passage | None, side: str, role: str, weights: list[Tensor] | None) -> Moments:
+    """Second moments of what a group reads; against what it reads in the full-precision network, where that is given."""
+    linear = now.group(side, (role,))[role]
+    moments = Moments(linear.in_features, next(linear.parameters()).device)
+    for i in range(len(now.stream)):
+        real = now.real(i)
+        given = weights[i] if weights is not None else None if real is None else real.float()
+        moments.add(now.read(i, linear)[0], given, None if full is None else full.read(i, full.group(side, (role,))[role])[0])
+    return moments
+
+
+def _corrected(matrices: dict[str, Tensor], moments: Moments, recipe: Recipe) -> dict[str, Tensor]:
+    if "down" in matrices and not recipe.propagate_down:
+        return matrices
+    whole = corrected(torch.cat(list(matrices.values())), moments.hessian, moments.cross, recipe.propagate, recipe.propagate_damping)
+    return _parted(whole, matrices)
+
+
+def _scaled(
+    at: Passage,
+    linears: dict[str, Any],
+    matrices: dict[str, Tensor],
+    moments: Moments,
+    bits: int,
+    recipe: Recipe,
+    codes: dict[tuple[str, str], Codes],
+) -> dict[str, Tensor]:
+    """A group's matrices scaled, and the moments of what it reads with them. Of a matrix before it, rounded already, the ranges are divided."""
+    assert recipe.scale is not None
+    scale = scale_group(at, linears, matrices, moments, recipe.scale, bits=bits, **recipe.grid())
+    if scale is None:
+        return matrices
+    moments.hessian /= scale[:, None] * scale
+    before = ("mixer", "v") if "o" in linears else ("ffn", "up") if "down" in linears else None
+    if before is not None:
+        made, grid = codes[before]
+        codes[before] = made, (grid := grid.divided(scale))
+        weight = at.group(before[0], before[1:])[before[1]].weight
+        weight.data = grid.values(made).to(weight.dtype)
+    return {role: matrix * scale for role, matrix in matrices.items()}
+
+
+def _rounded(matrices: dict[str, Tensor], bits: int, moments: Moments | None, recipe: Recipe) -> dict[str, Codes]:
+    """The matrices of a group, rounded as one: they read the same inputs, and rows do not see each other.
+
+    AWQ cuts off the largest numbers of all but q and k, whose outputs are multiplied with each other.
+    """
+    if not matrices:
         return {}
-    rows = [len(m.weight) for m in linears.values()]
-    weight = torch.cat([m.weight.detach().float() for m in linears.values()])
-    if moments is not None and recipe.propagate and ("down" not in linears or recipe.propagate_down):
-        weight = corrected(weight, moments.hessian, moments.cross, recipe.propagate, recipe.propagate_damping)
-    codes, grid = _nearest(weight, bits, None if moments is None else moments.hessian, recipe)
-    parts = zip(linears, codes.split(rows), grid.scales.split(rows), grid.zeros.split(rows), strict=True)
-    return {role: (part, dataclasses.replace(grid, scales=s, zeros=z)) for role, part, s, z in parts}
+    if recipe.clip == "awq" and moments is not None:
+        matrices = {r: w if r in "qk" else clipped(w, moments.hessian, bits, **recipe.grid()) for r, w in matrices.items()}
+    codes, grid = _nearest(torch.cat(list(matrices.values())), bits, None if moments is None else moments.hessian, recipe)
+    parts = [_parted(whole, matrices).values() for whole in (codes, grid.scales, grid.zeros)]
+    return {role: (code, dataclasses.replace(grid, scales=s, zeros=z)) for role, code, s, z in zip(matrices, *parts, strict=True)}
+
+
+def _parted(whole: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of matrices that were put one below the other."""
+    return dict(zip(like, whole.split([len(m) for m in like.values()]), strict=True))
 
 
 def _rounded_factors(linear: LowRank, bits: int, moments: Moments | None, recipe: Recipe) -> tuple[Codes, Codes]:
@@ -244,72 +309,6 @@ def _nearest(weight: Tensor, bits: int, hessian: Tensor | None, recipe: Recipe) 
     if recipe.method == "rtn" or hessian is None:
         return rtn(weight, bits, **recipe.grid())
     return gptq(weight, hessian, bits, act_order=recipe.act_order, damping=recipe.damping, **recipe.grid())
-
-
-def _moments(index: int, work: Any, original: Any, side: str, role: str, weights: list[Tensor] | None, state: _State) -> Moments:
-    """Second moments of what a group reads. Where the recipe propagates, against what it reads in the full-precision network."""
-    linear = getattr(getattr(work, side).branch, role)
-    moments = Moments(linear.in_features, next(linear.parameters()).device)
-    for i, ctx in enumerate(state.contexts):
-        (x,) = read_by(work, state.quantized[i], ctx, index, linear)
-        full = None
-        if state.recipe.propagate and state.full is not None:
-            (full,) = read_by(original, state.full[i], ctx, index, getattr(getattr(original, side).branch, role))
-        moments.add(x, _real_weights(x, ctx) if weights is None else weights[i], full)
-    return moments
-
-
-class _Seen(Exception):
-    """All that was to be seen of a layer has been."""
-
-
-def read_by(layer: Any, x: Tensor, ctx: Context, index: int, *linears: nn.Module) -> list[Tensor]:
-    """What some linears of a layer read when the layer runs on `x`; it runs no further than to the last of them."""
-    seen: dict[nn.Module, Tensor] = {}
-
-    def see(linear: nn.Module, read: Tensor) -> None:
-        seen[linear] = read
-        if len(seen) == len(linears):
-            raise _Seen
-
-    with inputs_of({linear: linear for linear in linears}, see), contextlib.suppress(_Seen):
-        layer(x, ctx, (index, 0))
-    return [seen[linear] for linear in linears]
-
-
-def _real(x: Tensor, ctx: Context) -> Tensor | None:
-    """(b, s), False at padding; None where there is none."""
-    if ctx.positions is None or not bool((ctx.positions == PAD).any()):
-        return None
-    return (ctx.positions != PAD).expand(x.shape[:2])
-
-
-def _real_weights(x: Tensor, ctx: Context) -> Tensor | None:
-    real = _real(x, ctx)
-    return None if real is None else real.float()
-
-
-def _weights(index: int, layer: Any, state: _State, i: int) -> Tensor:
-    """The weights of a batch's tokens in a layer that is not quantized yet."""
-    kind, x, ctx = state.recipe.tokens, state.quantized[i], state.contexts[i]
-    assert kind is not None
-    scores = token_scores(kind, layer, x, ctx, index, state.ids[i], state.frequency, state.generator)
-    floor = 0.0 if kind in ("first", "first-last") else state.recipe.floor
-    return token_weights(scores, _real(x, ctx), floor=floor, exponent=state.recipe.exponent)
-
-
-def _magnitudes(index: int, layer: Any, state: _State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Second moments and mean magnitudes of what q, o, up and down read, on the quantized stream."""
-    linears = {"q": layer.mixer.branch.q, "o": layer.mixer.branch.o, "up": layer.ffn.branch.up, "down": layer.ffn.branch.down}
-    moments = {role: Moments(m.in_features, m.weight.device) for role, m in linears.items()}
-    sizes = {role: torch.zeros(m.in_features, device=m.weight.device) for role, m in linears.items()}
-    for i, ctx in enumerate(state.contexts):
-        for role, x in zip(linears, read_by(layer, state.quantized[i], ctx, index, *linears.values()), strict=True):
-            real = _real_weights(x, ctx)
-            moments[role].add(x, real)
-            size = x.float().abs() if real is None else x.float().abs() * real[..., None]
-            sizes[role] += size.flatten(0, -2).sum(dim=0)
-    return {role: m.hessian for role, m in moments.items()}, {role: s / s.mean() for role, s in sizes.items()}
 
 
 def recipe_of(**options: Any) -> Recipe:

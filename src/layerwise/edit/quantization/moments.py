@@ -10,12 +10,13 @@ from torch import Tensor
 class Moments:
     """H = (2/n) sum w x x^T over tokens and, if inputs of the full-precision network are given too, D = (2/n) sum w (x_full - x) x^T.
 
-    Running means: adding batches one by one gives what all at once would.
+    `size` is sum w |x|. Running means: adding batches one by one gives what all at once would.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.hessian: Float[Tensor, "in in"] = torch.zeros(width, width, device=device)
         self.cross: Float[Tensor, "in in"] = torch.zeros(width, width, device=device)
+        self.size: Float[Tensor, " in"] = torch.zeros(width, device=device)
         self.rows = 0
 
     def add(
@@ -25,6 +26,7 @@ class Moments:
         flat = x.flatten(0, -2).float()
         scaled = flat if weights is None else flat * weights.flatten()[:, None]
         keep, rows = self.rows / (self.rows + len(x)), self.rows + len(x)
+        self.size += scaled.abs().sum(dim=0)
         self.hessian.mul_(keep).addmm_(scaled.t(), flat, alpha=2 / rows)
         if full is not None:
             self.cross.mul_(keep).addmm_((full.flatten(0, -2).float() - flat).t(), scaled, alpha=2 / rows)

@@ -14,6 +14,7 @@ from layerwise.edit.quantization.allocation import allocate
 from layerwise.edit.quantization.engine import Quantized, quantized_layers, recipe_of
 from layerwise.edit.quantization.rotation import Rotation, preview_rotate
 from layerwise.edit.quantization.rotation import rotate as turn
+from layerwise.edit.quantization.scaling import Clip, Scale
 from layerwise.edit.quantization.tokens import Tokens
 from layerwise.errors import BadInput
 from layerwise.models.model import Model, rebuilt
@@ -31,11 +32,11 @@ def quantize(
     method: Literal["rtn", "gptq"] = "gptq",
     group: int | None = None,
     symmetric: bool = False,
-    clip: bool = False,
+    clip: Clip = False,
     act_order: bool = False,
     damping: float = 0.01,
     rotate: Rotation | None = None,
-    scale: Literal["awq"] | None = None,
+    scale: Scale | None = None,
     propagate: float = 0.0,
     propagate_damping: float = 1.0,
     propagate_down: bool = False,
@@ -60,9 +61,11 @@ def quantize(
     Args:
         bits: of every layer, or a list with those of each; 16 leaves a layer as it is.
         method: `rtn` rounds to nearest; `gptq` moves each column's error to later ones.
-        group, symmetric, clip: of the grids, see `layerwise.nn.integers.find_grid`. act_order, damping: of GPTQ.
+        group, symmetric, clip: of the grids, see `layerwise.nn.integers.find_grid`; clip: `awq` searches the ranges that change outputs
+            least (`layerwise.edit.quantization.scaling.clipped`). act_order, damping: of GPTQ.
         rotate: turn the residual stream first (`layerwise.edit.quantization.rotation`).
-        scale: `awq` scales inputs before rounding (`layerwise.edit.quantization.scaling`); it sees weights before they are corrected.
+        scale: AWQ's scales of inputs, searched on the weights that are rounded (`layerwise.edit.quantization.scaling`): `awq` by what
+            matrices give, `awq-branch` by what the attention and the feed-forward give.
         propagate: strength of QEP's correction for the error that inputs carry, 0 to 1; its damping; and whether the feed-forward's
             second matrix is corrected as well.
         tokens: what a token's weight in the second moments comes from; floor, exponent: see `token_weights`; shifts: every row is
@@ -115,6 +118,7 @@ def preview_quantize(
     propagate: float = 0.0,
     tokens: Tokens | None = None,
     method: str = "gptq",
+    clip: Clip = False,
     low_bits: int | None = None,
     mean_bits: float | None = None,
     **_: Any,
@@ -124,15 +128,19 @@ def preview_quantize(
     Raises:
         BadInput: bits that there are not, a model whose layers are not run one by one, or matrices that are not dense.
     """
-    if tokens is not None and method == "rtn" and not propagate:
-        raise BadInput("tokens weighs second moments, which rtn does not use: set method: gptq or propagate")
+    if tokens is not None and method == "rtn" and not propagate and clip != "awq":
+        raise BadInput("tokens weighs second moments, which rtn does not use: set method: gptq, clip: awq or propagate")
+    if clip == "awq" and method != "rtn":
+        raise BadInput(
+            "clip: awq cuts weights off before they are rounded to nearest; gptq searches ranges itself: set method: rtn or clip: true"
+        )
     if not 0 <= propagate <= 1:
         raise BadInput(f"propagate is a strength from 0 to 1; it is {propagate}")
     thin = any(
         linear.kind == "low-rank" for layer in getattr(spec.stack, "layers", ()) for linear in getattr(layer, "linears", {}).values()
     )
-    if thin and (rotate is not None or scale is not None or propagate):
-        raise BadInput("rotate, scale and propagate change dense matrices; this model has low-rank linears: leave them out")
+    if thin and (rotate is not None or scale is not None or propagate or clip == "awq"):
+        raise BadInput("rotate, scale, propagate and clip: awq change dense matrices; this model has low-rank linears: leave them out")
     return _packed(preview_rotate(spec) if rotate else spec, _plan(spec, bits, low_bits, mean_bits), group)
 
 
