@@ -309,6 +309,18 @@ def test_rsq_1_a_rotated_model_computes_the_same(kind, tie, layer, text):
     assert not torch.allclose(turned.stack.layers[1].mixer.branch.q.weight, model.stack.layers[1].mixer.branch.q.weight)
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "random"])
+def test_rsq_1_layers_may_have_heads_of_other_sizes(kind, text):
+    data = preset("decoder")
+    data["stack"] |= {"depth": 2, "width": 48, "init_std": 0.3, "overrides": {"0": {"heads": 4}}}
+    data["stack"]["layer"] |= {"heads": 2, "ffn_width": 80}
+    model = build(model_spec({**data, "embedding": {"vocab": 256, "std": 0.5}})).double().eval()
+    turned = lw.edit.rotate(model, kind=kind)
+    torch.testing.assert_close(turned(_ids(text)).logits, model(_ids(text)).logits, atol=1e-8, rtol=1e-8)
+    for a, b in zip(turned.stack.layers, model.stack.layers, strict=True):
+        assert not torch.allclose(a.mixer.branch.v.weight.norm(dim=1), b.mixer.branch.v.weight.norm(dim=1))
+
+
 def test_rsq_1_turning_by_the_identity_changes_no_weight_of_a_model_with_gains_of_one():
     model = _model()
     turned = rotated(model, torch.eye(48, dtype=torch.float64))

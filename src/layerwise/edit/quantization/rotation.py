@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -39,13 +40,13 @@ def rotate(model: Model, *, kind: Rotation = "hadamard", heads: bool = True, see
     q = _turn(kind, width, generator)
     if kind == "hadamard":
         q = q * _signs(width, generator)[:, None]
-    per_head = _turn(kind, model.stack.layers[0].spec.head_dim if model.stack.depth else 1, generator) if heads else None
-    return rotated(model, q, per_head)
+    sizes = dict.fromkeys(layer.spec.head_dim for layer in model.stack.layers) if heads else ()
+    return rotated(model, q, {size: _turn(kind, size, generator) for size in sizes})
 
 
 @torch.no_grad()
-def rotated(model: Model, q: Float[Tensor, "width width"], per_head: Float[Tensor, "head head"] | None = None) -> Model:
-    """The model with its stream multiplied by `q` from the right, and its heads' values by `per_head`."""
+def rotated(model: Model, q: Float[Tensor, "width width"], per_head: Mapping[int, Float[Tensor, "head head"]] | None = None) -> Model:
+    """The model with its stream multiplied by `q` from the right, and values of heads by what `per_head` has for their size."""
     new = rebuilt(model, preview_rotate(model.spec))
     gains = {name: _gain(model.get_submodule(name)) for name in _norm_names(model)}
     q = q.double().to(model.device)
@@ -64,8 +65,9 @@ def rotated(model: Model, q: Float[Tensor, "width width"], per_head: Float[Tenso
                     made[f"{prefix}.branch.{role}.bias"] = linear.bias.double() @ q
         if layer.router is not None:
             made[f"stack.layers.{i}.router.weight"] = layer.router.weight.double() @ q
-        if per_head is not None:
-            _turn_heads(made, f"stack.layers.{i}.mixer.branch", layer.mixer.branch, per_head.double().to(model.device))
+        if per_head:
+            turn = per_head[layer.mixer.branch.size].double().to(model.device)
+            _turn_heads(made, f"stack.layers.{i}.mixer.branch", layer.mixer.branch, turn)
     for table in ("tokens", "positions", "types"):
         module = getattr(model.embedding, table, None)
         if module is not None:
