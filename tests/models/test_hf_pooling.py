@@ -74,6 +74,7 @@ def test_without_settings_it_is_the_mean(folder: Path) -> None:
         {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True},
         {"pooling_mode_mean_sqrt_len_tokens": True},
         {"pooling_mode": 3},
+        {"pooling_mode": [["mean"]]},
         [],
     ],
 )

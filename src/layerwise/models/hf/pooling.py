@@ -31,4 +31,4 @@ def pooling_of(sidecars: Mapping[str, str]) -> Pooling | None:
         return None
     named = settings.get("pooling_mode", [name for key, name in FORMER.items() if settings.get(key)] or "mean")
     modes = [named] if isinstance(named, str) else named
-    return MODES.get(modes[0]) if isinstance(modes, list) and len(modes) == 1 else None
+    return next((ours for theirs, ours in MODES.items() if modes == [theirs]), None)
