@@ -55,8 +55,8 @@ def test_numbers_are_even() -> None:
     """No answer can be guessed better than by chance: all numbers are about as frequent."""
     texts = _data("key-values", documents=400).documents("train")
     numbers = [text[q.answer : q.end] for text in texts for q in questions(text)]
-    assert len(set(numbers)) == 100
-    assert max(map(numbers.count, set(numbers))) < 2 * len(numbers) / 100
+    assert len(set(numbers)) == 10
+    assert max(map(numbers.count, set(numbers))) < 1.2 * len(numbers) / 10
 
 
 def test_too_short_rows_are_refused() -> None:
@@ -77,5 +77,5 @@ def test_long_texts_ask_for_all_keys_across_blanks() -> None:
         found = questions(text)
         assert len(text) == 1023 and len(found) == 83
         assert len({text[q.begin + 1] for q in found}) == 83
-        assert text[4 * 83 : found[0].begin].strip() == "" and found[0].begin == 1023 - 5 * 83
+        assert text[3 * 83 : found[0].begin].strip() == "" and found[0].begin == 1023 - 4 * 83
         assert min(q.answer - q.said for q in found) > 1023 - 9 * 83

@@ -48,15 +48,15 @@ class Question:
 
 
 def key_values(length: int, texts: int, seed: int) -> Raw:
-    """`q57 k12 ... ?k12 ?q57 `: characters and numbers of two digits, each asked for once; as many as there is room for, 83 at most.
+    """`q5 k1 ... ?k1 ?q5 `: characters and numbers of one digit, each asked for once; as many as there is room for, 83 at most.
 
     What room is left lies between statements and questions, in blanks.
     """
-    count = min(len(KEYS), (length - 1) // 9)
+    count = min(len(KEYS), (length - 1) // 7)
 
     def text(draw: random.Random) -> str:
-        said = [f"{key}{draw.randrange(100):02d} " for key in draw.sample(KEYS, count)]
-        return _asked("".join(said).ljust(length - 1 - 5 * count), said, length, draw)
+        said = [f"{key}{draw.randrange(10)} " for key in draw.sample(KEYS, count)]
+        return _asked("".join(said).ljust(length - 1 - 4 * count), said, length, draw)
 
     return _raw("key-values", text, length, texts, seed, least=36)
 
