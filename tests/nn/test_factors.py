@@ -58,7 +58,9 @@ def test_a_matrix_is_decomposed_once_for_all_ranks_and_bit_for_bit_as_anew(weigh
     assert len(made) == 2 + 6  # one for each scaling, and six anew
     svd_factors(weight.clone(), 9, None, kept)
     assert len(made) == 8
-    # A higher rank, another type and another matrix are not among them.
-    for new in (svd_factors(weight, 12, None, kept), svd_factors(weight.float(), 9, None, kept), svd_factors(weight + 1, 9, None, kept)):
-        assert len(new) == 2
-    assert len(made) == 11
+    # A higher rank, another matrix, the same numbers in another shape and in another type are not among them.
+    whole = weight.round()
+    others = (weight, 10), (weight + 1, 9), (weight.reshape(-1, 2 * weight.shape[1]), 6), (whole, 9), (whole.float(), 9)
+    for matrix, rank in others:
+        assert svd_factors(matrix, rank, None, kept)[0].shape[1] == rank
+    assert len(made) == 8 + len(others)
