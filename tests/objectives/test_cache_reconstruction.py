@@ -104,7 +104,10 @@ def test_only_factors_are_trained_and_all_is_as_before() -> None:
     assert found.findings.metrics["train_loss"] < 0.97 * start
     assert set(found.findings.metrics) == {"train_loss", "key_error", "value_error", "cache_loss"}
     # What is measured on held-out rows is the objective, and falls with it.
-    measured = lw.analyze.cache_errors(model, data).metrics
+    errors = lw.analyze.cache_errors(model, data)
+    measured, layers = errors.metrics, errors.tables[0].rows
+    for column, name in enumerate(("key_error", "value_error"), start=1):
+        assert measured[name] == pytest.approx(sum(row[column] for row in layers) / 3) and len({row[column] for row in layers}) == 3
     assert measured == {name: found.findings.metrics[name] for name in measured}
     assert measured["cache_loss"] == pytest.approx(CacheReconstruction()(model, _batch()).mean.item(), rel=1e-5)
     assert measured["cache_loss"] < 0.97 * start

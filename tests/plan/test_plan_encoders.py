@@ -19,11 +19,12 @@ import layerwise as lw
 from layerwise.cli import app
 from layerwise.data.masking import mask_tokens
 from layerwise.edit.quantization.engine import calibration_rows
+from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference
 from layerwise.evaluate.language import masked_language_modeling
 from layerwise.plan.choice import FAMILIES, Choice, How, applied, previewed, stages
 from layerwise.plan.damage import NONE, Damage, Probe, damages
-from layerwise.plan.measure import measure_for
+from layerwise.plan.measure import check_measurable, measure_for
 from layerwise.plan.search import Candidate, Space
 from layerwise.plan.size import LayerBytes, model_bytes
 from layerwise.stack.surgery import keep, replace
@@ -112,6 +113,8 @@ def test_a_model_whose_pooling_is_not_known_is_refused(text: Any, tmp_path: Path
     lw.save(encoder(head=None, pool=None), tmp_path / "model", tokenizer=text.tokenizer)
     told = CliRunner().invoke(app, ["plan", str(tmp_path / "model"), "--out", str(tmp_path / "plan")])
     assert told.exit_code == 2 and "1_Pooling" in told.output and not (tmp_path / "plan").exists()
+    with pytest.raises(BadInput, match="1_Pooling"):  # before anything is measured
+        check_measurable(encoder(head=None, pool=None).spec)
 
 
 def test_the_table_of_tokens_is_a_place_of_its_own_and_what_trying_all_plans_finds_is_found() -> None:
