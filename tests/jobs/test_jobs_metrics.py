@@ -29,13 +29,15 @@ JOB: dict[str, Any] = {
     "model": {"preset": "decoder", "stack": {"depth": 3, "width": 16, "layer": {"heads": 2}}},
     "stages": {
         "fit": TRAIN | {"policies": [{"name": n} for n in ("gradient-norms", "layer-cost", "ledger", "rotation")]},
-        **{name: {"analyze": name} for name in metrics.ANALYSES if name not in ("block-drop", "block-sweep", "bits-curve")},
+        **{name: {"analyze": name} for name in metrics.ANALYSES if name not in ("block-drop", "block-sweep", "bits-curve", "cache-errors")},
         "layer-widths": {"analyze": "layer-widths", "of": "stage:fit"},
         "block-drop": {"analyze": "block-drop", "count": 1},
         "block-sweep": {"analyze": "block-sweep", "lengths": [1], "samples": 8},
         "language-modeling": {"evaluate": "language-modeling", "batches_at_most": 1},
         "embedding-agreement": {"evaluate": "embedding-agreement", "other": "stage:fit", "batches_at_most": 2},
         "out": {"export": "hf"},
+        "shrink": {"edit": "shrink-cache", "density": 0.5},
+        "cache-errors": {"analyze": "cache-errors"},
     },
 }
 SOMETIMES = {"fc2_grad_ratio", "gate_mean", "gates_closing", "flops_per_*"}

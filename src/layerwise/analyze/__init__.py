@@ -21,7 +21,7 @@ ANALYSES = {
     "quantization-error": "layerwise.analyze.quantization:quantization_error",
     "bits-curve": "layerwise.analyze.layer_bits:bits_curve",
     "weight-sizes": "layerwise.analyze.sparsity:weight_sizes",
-    "cache-spectrum": "layerwise.analyze.cache_spectrum:cache_spectrum",
+    "cache-spectrum": "layerwise.analyze.spectrum:cache_spectrum",
     "cache-errors": "layerwise.analyze.thin_features:cache_errors",
     "attention-entropy": "layerwise.analyze.attention:attention_entropy",
     "operations": "layerwise.analyze.binary_cost:operations",
