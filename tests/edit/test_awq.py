@@ -15,7 +15,7 @@ from layerwise.edit.quantization.engine import Recipe, calibration_rows, enter, 
 from layerwise.edit.quantization.gptq import rtn
 from layerwise.edit.quantization.moments import Moments, corrected
 from layerwise.edit.quantization.passage import GROUPS, Passage
-from layerwise.edit.quantization.scaling import best_scale, clipped, matrix_change, scale_group, scale_layer
+from layerwise.edit.quantization.scaling import best_scale, branch_change, clipped, matrix_change, scale_group, scale_layer
 from layerwise.errors import BadInput
 from layerwise.models.model import build
 from layerwise.models.presets import preset
@@ -222,6 +222,23 @@ def test_padding_is_not_looked_at(measure, text):
             at = _passage(model, given)
             scales.append(scale_group(at, *_group(at, which), measure, bits=3))
         torch.testing.assert_close(*scales, rtol=1e-4, atol=1e-5)
+        if measure == "awq-branch" and which in (0, 2):
+            errors = []
+            for given in (rows, padded):
+                at = _passage(model, given)
+                linears, matrices, _ = _group(at, which)
+                weights = list(matrices.values())
+                errors.append(branch_change(at, linears, weights)([1.1 * weight for weight in weights]))
+            assert errors[0] == pytest.approx(errors[1], rel=1e-4)
+
+
+def test_magnitudes_count_in_any_unit():
+    g = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(6, 24, generator=g), torch.randn(300, 24, generator=g) * torch.rand(24, generator=g)
+    size, change = x.abs().mean(dim=0), matrix_change([weight], x.t() @ x)
+    once, small = (best_scale([weight], size * unit, change, bits=3) for unit in (1.0, 1e-5))
+    torch.testing.assert_close(small, once)
+    assert once.min() < 0.9 < 1.1 < once.max()
 
 
 # --- cut-off ranges
