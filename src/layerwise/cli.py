@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -43,18 +43,18 @@ def _told() -> Iterator[None]:
             yield
     except BadInput as error:
         _tell(f"error: {error}")
-        raise typer.Exit(2) from None
+        _end(2)
     except LayerwiseError as error:
         _tell(f"failed: {error}")
-        raise typer.Exit(1) from None
+        _end(1)
     except KeyboardInterrupt:
         _tell("stopped; go on with 'layerwise resume RUN'")
-        raise typer.Exit(130) from None
+        _end(130)
     except (OSError, MemoryError) as error:
         if os.environ.get("LAYERWISE_DEBUG"):
             raise
         _tell(f"failed: {type(error).__name__}: {error}")
-        raise typer.Exit(1) from None
+        _end(1)
     except BaseException as error:
         # What the Rust code of a library raises when it breaks down is no Exception.
         panic = type(error).__name__ == "PanicException"
@@ -62,7 +62,7 @@ def _told() -> Iterator[None]:
             raise
         # A fault of ours; the last event of a run has where it happened.
         typer.echo(f"failed: {type(error).__name__}: {error}\nThis should have been told better: LAYERWISE_DEBUG=1 shows where.", err=True)
-        raise typer.Exit(1) from None
+        _end(1)
 
 
 def _noted(others: Callable[..., None], message: Any, category: Any, filename: str, *where: Any) -> None:
@@ -82,6 +82,15 @@ def _tell(message: str) -> None:
         if not ranks().first_to_tell():
             return
     typer.echo(message, err=True)
+
+
+def _end(code: int) -> NoReturn:
+    """End with an exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from layerwise.train.ranks import end
+
+        end(code)
+    raise typer.Exit(code) from None
 
 
 def _leads() -> bool:

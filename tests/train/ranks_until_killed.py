@@ -13,6 +13,7 @@ from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.train.loop import Listener, train
+from layerwise.train.ranks import end
 from layerwise.train.spec import TrainSpec
 
 torch.set_num_threads(1)
@@ -38,5 +39,5 @@ try:
     train(model, data, spec, seed=1, folder=folder, listener=Told())
 except LayerwiseError as error:
     print(f"failed: {error}", file=sys.stderr)
-    sys.exit(1)
+    end(1)
 save_file(model.state_dict(), out)

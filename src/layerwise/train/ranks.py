@@ -10,11 +10,12 @@ import functools
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -119,3 +120,14 @@ def in_touch(here: Ranks) -> Iterator[None]:
             "another process of this run ended or cannot be reached; the run stops, its last checkpoint is kept: "
             f"start all its processes again to go on ({str(error).splitlines()[0][:200]})"
         ) from error
+
+
+def end(code: int) -> NoReturn:
+    """End this process of several after a failure: what it printed is written, and nothing else is done.
+
+    Gloo's threads still fail what was to be sent, and let go of tensors, which are Python's; threads that do so while the interpreter
+    shuts down abort the process, and its exit code is lost.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
