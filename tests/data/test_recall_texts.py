@@ -1,10 +1,13 @@
 """Made-up texts with questions: what is asked was said, answers are where they are said to be, and splits share nothing."""
 
 import dataclasses
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from layerwise.data import builtin
 from layerwise.data.load import load_data
 from layerwise.data.recall import questions
 from layerwise.data.spec import DataSpec, TokenizerSpec
@@ -49,6 +52,26 @@ def test_the_seed_decides(kind: str) -> None:
     assert first == again
     assert not set(first) & set(other)
     assert not set(first) & {*_data(kind).documents("train"), *_data(kind).documents("test")}
+
+
+@pytest.mark.parametrize("length, count", [(55, 2), (200, 7), (748, 27)])
+def test_every_line_is_asked_for_once_and_neither_letter_alone_names_it(length: int, count: int) -> None:
+    for text in _data("lines", length=length).documents("train"):
+        keys = [text[q.begin + 6 : q.begin + 8] for q in questions(text)]
+        assert len(set(keys)) == len(keys) == count
+        assert text.split("?")[0].count("line ") == count
+        for letter in range(2):
+            alike = {key[letter] for key in keys}
+            assert len(alike) <= math.ceil(math.sqrt(2 * count)) < 26
+
+
+def test_prepared_texts_are_made_anew_when_their_maker_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = tmp_path / "maker.py"
+    maker.write_text("said = 'line bd is 317'")
+    monkeypatch.setattr(builtin, "MAKERS", (maker,))
+    before = builtin.identity()
+    maker.write_text("said = 'line bd: 317'")
+    assert builtin.identity() != before
 
 
 def test_numbers_are_even() -> None:

@@ -41,6 +41,7 @@ KINDS = {
     **dict.fromkeys(RECALL, "text"),
 }
 LABELLED = ("docs-or-code", "digits", "tones")
+MAKERS = (Path(__file__), Path(__file__).with_name("recall.py"))
 TABLES = {"summaries": ("signature", "summary")}
 """Corpora that are tables, and their columns, for `data.pairs`; they are given as columns and not as `Raw`."""
 
@@ -60,9 +61,10 @@ _SKIPPED = {
 
 
 def identity() -> str:
-    """What decides the content of the built-in corpora: this interpreter and its libraries."""
+    """What decides the content of the built-in corpora: this interpreter, its libraries, and the modules that make them."""
+    makers = hashlib.sha256(b"".join(path.read_bytes() for path in MAKERS)).hexdigest()
     # Importing scikit-learn for its version would take longer than a cached load does.
-    return f"{sys.version} {importlib.metadata.version('scikit-learn')}"
+    return f"{sys.version} {importlib.metadata.version('scikit-learn')} {makers}"
 
 
 def docs() -> Raw:

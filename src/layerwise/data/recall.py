@@ -6,6 +6,7 @@ again, number and all. Keys and numbers are drawn anew for every text, so nothin
 
 from __future__ import annotations
 
+import math
 import random
 import re
 import string
@@ -62,16 +63,21 @@ def key_values(length: int, texts: int, seed: int) -> Raw:
 
 
 def lines(length: int, texts: int, seed: int) -> Raw:
-    """Line retrieval: `line bd is 317.` for so many pairs of letters, then questions. Source: Li et al. 2023, "LongChat" (LongEval)."""
+    """Line retrieval: `line bd: 317` for so many pairs of letters, then a question about each; as many as there is room for, 676 at most.
+
+    A text draws its pairs from so few letters that half of what they can spell is there: neither letter alone says which line it is.
+    Source: Li et al. 2023, "LongChat" (LongEval).
+    """
+    count = min(26 * 26, (length - 1) // 27)
+    few = min(26, math.ceil(math.sqrt(2 * count)))
 
     def text(draw: random.Random) -> str:
-        keys: dict[str, None] = {}
-        while len(keys) < max(2, 2 * length // 3 // 16):
-            keys["".join(draw.choices(string.ascii_lowercase, k=2))] = None
-        said = [f"line {key} is {draw.randrange(1000):03d}.\n" for key in keys]
+        letters = draw.sample(string.ascii_lowercase, few)
+        keys = draw.sample([one + other for one in letters for other in letters], count)
+        said = [f"line {key}: {draw.randrange(1000):03d}\n" for key in keys]
         return _asked("".join(said), said, length, draw)
 
-    return _raw("lines", text, length, texts, seed, least=80)
+    return _raw("lines", text, length, texts, seed, least=55)
 
 
 def needle(length: int, texts: int, seed: int) -> Raw:
