@@ -11,11 +11,12 @@ from safetensors.torch import save_file
 
 from layerwise.edit.adapt import lora, merge_lora
 from layerwise.errors import BadInput
-from layerwise.models.checkpoint import load, origin_of, save
+from layerwise.models.checkpoint import load, save
 from layerwise.models.hf import FAMILIES, export_hf, import_hf
 from layerwise.models.hf.family import Family
 from layerwise.models.hf.shards import INDEX
 from layerwise.models.model import build
+from layerwise.models.origin import origin_of
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
 from layerwise.stack.surgery import repeat

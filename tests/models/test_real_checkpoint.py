@@ -9,7 +9,12 @@ import torch
 
 from layerwise.data.load import load_data
 from layerwise.data.spec import DataSpec, TokenizerSpec
+from layerwise.edit.adapt import lora, merge_lora
+from layerwise.edit.drop import drop_layers
+from layerwise.edit.dtype import cast
 from layerwise.edit.expansion import expand
+from layerwise.edit.linears import merge
+from layerwise.edit.lowrank import factorize
 from layerwise.edit.quantization.quantize import quantize
 from layerwise.edit.quantization.tables import quantize_embedding
 from layerwise.errors import BadInput
@@ -54,6 +59,25 @@ def test_files_beside_it_are_kept_and_others_are_not_followed(minilm, tmp_path):
     (tmp_path / "linked" / "modules.json").symlink_to("/etc/hostname")
     (tmp_path / "linked" / "preprocessor_config.json").write_text("{not json")
     assert not import_hf(tmp_path / "linked").__dict__["origin"].sidecars
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: merge(factorize(model, ratio=2.0)),
+        lambda model: merge_lora(lora(model, rank=2)),
+        lambda model: cast(model, dtype="bfloat16"),
+        lambda model: drop_layers(model, layers=[3]),
+    ],
+)
+def test_a_changed_encoder_is_still_pooled_as_it_was(minilm, tmp_path, change):
+    """Edits that rebuild the model keep what stood beside it, so that sentence-transformers reads the export too."""
+    changed = change(import_hf(minilm))
+    out = export_hf(load(save(changed, tmp_path / "kept")), tmp_path / "out")
+    for name in ("modules.json", "1_Pooling/config.json"):
+        assert json.loads((out / name).read_text()) == json.loads((minilm / name).read_text())
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (minilm, out))
+    assert after["num_hidden_layers"] == changed.spec.stack.depth and after["pad_token_id"] == before["pad_token_id"]
 
 
 def test_sentences_are_embedded_as_sentence_transformers_does(minilm):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
-from layerwise.models.checkpoint import origin_of
 from layerwise.models.model import Model
+from layerwise.models.origin import origin_of
 from layerwise.nn.cache import Cache
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +14,13 @@ from torch import Tensor
 from layerwise.errors import BadInput
 from layerwise.files import check_folder, read_json, whole_folder, write_file, write_json
 from layerwise.models.model import Model, make_model
+from layerwise.models.origin import Origin, origin_of, with_origin
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
 from layerwise.safetensor import load_tensors, save_tensors
 
 FORMAT = 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DESCRIPTION, TENSORS, CARRIED = "model.json", "model.safetensors", "carried.safetensors"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the checkpoint of another library held beyond what a model needs, so that it can be written out again.
-
-    Attributes:
-        config: its config, whole. generation: its generation settings.
-        carried: tensors that our model has no use for (BERT's pooler), by their names there.
-        sidecars: text of small files that other libraries read beside it (`layerwise.models.hf.sidecars`), by name.
-    """
-
-    config: dict[str, Any]
-    generation: dict[str, Any] = field(default_factory=dict)
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    sidecars: dict[str, str] = field(default_factory=dict)
-
-
-def origin_of(model: Model) -> Origin | None:
-    """Where a model came from. Edits that keep the model's other parts keep it; those that rebuild the model lose it."""
-    return model.__dict__.get("origin")
-
-
-def with_origin(model: Model, origin: Origin | None) -> Model:
-    """The model itself, remembering its origin."""
-    model.__dict__["origin"] = origin
-    return model
 
 
 def save(model: Model, folder: str | Path, *, tokenizer: Any = None) -> Path:

@@ -25,6 +25,7 @@ from layerwise.memory import check_room
 from layerwise.models.filters import Filters
 from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
+from layerwise.models.origin import origin_of, with_origin
 from layerwise.models.spec import UNKNOWN_POOLING, ModelSpec
 from layerwise.nn.cache import Cache
 from layerwise.stack.context import PAD, Around, Context
@@ -281,14 +282,14 @@ def build(spec: Any, seed: int = 0, device: str | torch.device = "cpu") -> Any:
 def rebuilt(model: Model, spec: ModelSpec) -> Model:
     """A model of another spec that shares every tensor of `model` whose name and shape it has.
 
-    What is new is left on the meta device, without values: the caller fills it.
+    What is new is left on the meta device, without values: the caller fills it. The new model remembers where the old one came from.
     """
     with torch.device("meta"):
         new = Model(spec)
     shapes = {name: t.shape for name, t in new.state_dict().items()}
     shared = {name: t for name, t in model.state_dict().items() if shapes.get(name) == t.shape}
     new.load_state_dict(shared, strict=False, assign=True)
-    return new.train(model.training)
+    return with_origin(new.train(model.training), origin_of(model))
 
 
 def _embedding(whole: ModelSpec, width: int) -> nn.Module:

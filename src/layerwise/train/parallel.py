@@ -18,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from layerwise.models.checkpoint import assemble, origin_of, with_origin
+from layerwise.models.checkpoint import assemble
 from layerwise.models.model import Model, make_model
+from layerwise.models.origin import origin_of, with_origin
 from layerwise.models.spec import model_spec, spec_data
 from layerwise.stack.depth import view
 from layerwise.stack.sharding import whole

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from layerwise.errors import BadInput
 from layerwise.files import read_json, whole_folder, write_json
-from layerwise.models.checkpoint import origin_of, refuse_pickle, some
+from layerwise.models.checkpoint import refuse_pickle, some
 from layerwise.models.hf.family import Family, stack_of
 from layerwise.models.hf.layouts import TURNED
 from layerwise.models.hf.table import family_for
 from layerwise.models.model import Model
+from layerwise.models.origin import origin_of
 from layerwise.models.spec import ModelSpec
 from layerwise.nn.linear import LoRA
 from layerwise.safetensor import load_tensors, save_tensors

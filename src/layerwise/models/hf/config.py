@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from layerwise.errors import BadInput
-from layerwise.models.checkpoint import Origin
 from layerwise.models.hf.family import Family
+from layerwise.models.origin import Origin
 from layerwise.models.spec import ModelSpec
 from layerwise.stack.spec import StackSpec
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.files import CHECKSUMS, check_folder, read_json, whole_folder, write_json
-from layerwise.models.checkpoint import Origin, assemble, origin_of, refuse_pickle, some, with_origin
+from layerwise.models.checkpoint import assemble, refuse_pickle, some
 from layerwise.models.hf.config import merged_config, special_tokens
 from layerwise.models.hf.family import Family, Pair, is_tied, layer_ties, parts_of, shapes_of
 from layerwise.models.hf.gptq_read import Place, packed_linears, read_settings, take_packed, with_linears
@@ -24,6 +24,7 @@ from layerwise.models.hf.shards import read_names, read_sizes, read_tensors, wri
 from layerwise.models.hf.sidecars import read_sidecars, write_sidecars
 from layerwise.models.hf.table import FAMILIES, family_for
 from layerwise.models.model import Model
+from layerwise.models.origin import Origin, origin_of, with_origin
 from layerwise.models.spec import ModelSpec, model_spec, spec_data
 from layerwise.stack.parts_spec import LinearSpec
 from layerwise.table import lookup, nearest
