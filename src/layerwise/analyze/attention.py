@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from layerwise.analyze.findings import Findings, Table
+from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.stack.record import record
+from layerwise.stack.spec import StackSpec
 
 
 def layer_entropies(model: Model, data: Any, *, split: str = "validation", batch: int = 8, batches_at_most: int = 2) -> list[float]:
@@ -25,8 +28,15 @@ def layer_entropies(model: Model, data: Any, *, split: str = "validation", batch
     return [s / max(seen, 1) for s in sums]
 
 
+def check_entropy(spec: ModelSpec, **_: Any) -> None:
+    """Raises BadInput: no layer attends."""
+    if not isinstance(spec.stack, StackSpec):
+        raise BadInput("attention-entropy looks at maps of attention: it needs layers of kind attention")
+
+
 def attention_entropy(model: Model, data: Any, *, split: str = "validation", batch: int = 8, batches_at_most: int = 2) -> Findings:
     """Attention entropy by layer. Metric: `attention_entropy`, the mean over layers."""
+    check_entropy(model.spec)
     values = layer_entropies(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
     table = Table("Attention entropy by layer", ["layer", "entropy (nats)"], [[i, v] for i, v in enumerate(values)])
     return Findings({"attention_entropy": sum(values) / max(len(values), 1)}, [table])

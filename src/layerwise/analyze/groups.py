@@ -14,7 +14,9 @@ from layerwise.analyze.importance import Importance, neuron_importance
 from layerwise.edit.prune.width import LAYER, OUTSIDE, Axis
 from layerwise.errors import BadInput
 from layerwise.models.model import Model
-from layerwise.nn.integers import find_grid
+from layerwise.models.spec import ModelSpec
+from layerwise.nn.integers import check_width, find_grid
+from layerwise.stack.spec import StackSpec
 
 GroupScore = Literal["magnitude", "taylor", "gradient-norm", "quantization-error", "activation", "random"]
 
@@ -45,10 +47,7 @@ def group_scores(
     Raises:
         BadInput: an unknown score, or no layer with heads or a feed-forward.
     """
-    if by not in get_args(GroupScore):
-        raise BadInput(f"groups are scored by {', '.join(get_args(GroupScore))}; got '{by}'")
-    if not hasattr(model.stack.spec, "layer"):
-        raise BadInput("head groups and inner channels are those of transformer layers; this stack has others")
+    check_groups(model.spec, by=by, bits=bits)
     if by == "activation":
         return neuron_importance(model, data, samples=samples, split=split, batch=batch)
     if by == "random":
@@ -66,6 +65,16 @@ def group_scores(
         values = ((n, rounding_error(w, bits).square()) for n, w in known.items() if w.dim() == 2 and n.startswith("stack."))
     found = summed(model, values)
     return Importance(found.stream.sqrt(), [g.sqrt() for g in found.groups], [f.sqrt() for f in found.ffn]) if squared else found
+
+
+def check_groups(spec: ModelSpec, *, by: str, bits: int, **_: Any) -> None:
+    """Raises BadInput: an unknown score, bits that there are not, or layers without heads and a feed-forward."""
+    if by not in get_args(GroupScore):
+        raise BadInput(f"groups are scored by {', '.join(get_args(GroupScore))}; got '{by}'")
+    if by == "quantization-error":
+        check_width(bits)
+    if not isinstance(spec.stack, StackSpec):
+        raise BadInput("head groups and inner channels are those of transformer layers; this stack has others")
 
 
 def summed(model: Model, values: Iterator[tuple[str, Tensor]]) -> Importance:

@@ -11,6 +11,7 @@ from layerwise.edit.quantization.quantize import preview_quantize, quantize
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 
 def bits_curve(
@@ -42,12 +43,9 @@ def bits_curve(
     Metrics: `curve_loss`, the mean over `lowered`; `curve_added`, above the model as it is.
     Source: Dumitru et al. 2024, "Layer-Wise Quantization" (arXiv 2406.17415).
     """
+    check_curve(model.spec, bits=bits, low_bits=low_bits, lowered=lowered, group=group, method=method)
     depth = model.stack.depth
     counts = list(range(depth + 1)) if lowered is None else list(lowered)
-    preview_quantize(model.spec, bits=bits, low_bits=low_bits, mean_bits=float(bits), group=group, method=method)
-    bad = [k for k in counts if not 0 <= k <= depth]
-    if bad:
-        raise BadInput(f"lowered counts layers of a stack of {depth}; got {bad[0]}")
     times = draws if by == "random" else 1
     orders = [layer_order(model, data, by, reverse=reverse, samples=samples, seed=(seed or 0) * draws + d) for d in range(times)]
     known: dict[tuple[int, ...], float] = {}
@@ -71,3 +69,15 @@ def bits_curve(
     mean = sum(losses) / len(losses)
     title = "Loss without the k least important layers" if remove else "Loss with the k least important layers in fewer bits"
     return Findings({"curve_loss": mean, "curve_added": mean - whole}, [Table(title, ["k", "mean bits", "loss"], rows)])
+
+
+def check_curve(
+    spec: ModelSpec, *, bits: int, low_bits: int, lowered: Sequence[int] | None, group: int | None, method: Literal["rtn", "gptq"], **_: Any
+) -> None:
+    """Raises BadInput: the model cannot be quantized so, or `lowered` is empty or counts layers that are not there."""
+    preview_quantize(spec, bits=bits, low_bits=low_bits, mean_bits=float(bits), group=group, method=method)
+    if lowered is not None and not lowered:
+        raise BadInput("lowered names no number of layers: give some, or leave it out for all")
+    bad = [k for k in lowered or () if not 0 <= k <= spec.stack.depth]
+    if bad:
+        raise BadInput(f"lowered counts layers of a stack of {spec.stack.depth}; got {bad[0]}")

@@ -17,7 +17,8 @@ from layerwise.analyze.similarity import block_distances, distances
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
-from layerwise.nn.integers import find_grid
+from layerwise.models.spec import ModelSpec
+from layerwise.nn.integers import check_width, find_grid
 from layerwise.nn.linear import Linear
 from layerwise.objectives import OBJECTIVES
 from layerwise.stack.context import Call, Context
@@ -120,12 +121,18 @@ def layer_importance(
 
     Metrics: `first_last_top`, of the scores by which the first or the last layer is the most important, the share.
     """
+    check_importance(model.spec, bits=bits)
     names = get_args(Score)
     columns = [layer_scores(model, data, by, samples=samples, split=split, batch=batch, objective=objective, bits=bits) for by in names]
     rows: list[list[Cell]] = [[i, *(column[i] for column in columns)] for i in range(model.stack.depth)]
     ends = [max(range(len(c)), key=c.__getitem__) in (0, len(c) - 1) for c in columns if c]
     table = Table("Importance of layers (larger is more important)", ["layer", *names], rows)
     return Findings({"first_last_top": sum(ends) / max(len(ends), 1)}, [table])
+
+
+def check_importance(spec: ModelSpec, *, bits: int, **_: Any) -> None:
+    """Raises BadInput: matrices cannot be rounded to so many bits."""
+    check_width(bits)
 
 
 def cosine(a: Float[Tensor, "rows n"], b: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:

@@ -13,6 +13,7 @@ from layerwise.edit.drop import Rule, choose_block, preview_drop
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 
 def layer_drop(model: Model, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int = 8) -> Findings:
@@ -43,10 +44,10 @@ def block_drop(
 
     Metrics: `block_loss`, and `block_loss_added` to the whole model's.
     """
+    preview_drop(model.spec, count=count, rule=rule)
     losses = _Losses(model, data, split=split, batch=batch, batches_at_most=batches_at_most)
     whole = losses([])
     if rule == "random":
-        preview_drop(model.spec, count=count)
         blocks = [range(i, i + count) for i in range(model.stack.depth - count + 1)] if count else [range(0)]
         loss = sum(losses(block) for block in blocks) / len(blocks)
     else:
@@ -73,10 +74,8 @@ def block_sweep(
     Metrics: `angular_regret_mean` over the lengths, `whole_loss` of the whole model.
     Source of the protocol: Gromov et al. 2024, section 4 (arXiv 2403.17887).
     """
+    check_sweep(model.spec, lengths=lengths)
     depth = model.stack.depth
-    bad = [n for n in lengths if not 1 <= n < depth]
-    if bad:
-        raise BadInput(f"block-sweep: a block of {bad[0]} layers cannot be taken from a stack of {depth}; lengths are 1 to {depth - 1}")
     matrix = distances(model, data, samples=samples, batch=batch)
     losses = _Losses(model, data, split="validation", batch=batch, batches_at_most=batches_at_most)
     generator = random.Random(seed or 0)
@@ -98,6 +97,16 @@ def block_sweep(
         [Table("Validation loss without a block", columns, rows)],
         [Matrix("Validation loss without a block", "first layer", "layers dropped", list(range(depth)), list(lengths), grid)],
     )
+
+
+def check_sweep(spec: ModelSpec, *, lengths: Sequence[int], **_: Any) -> None:
+    """Raises BadInput: no lengths, or one that the stack has not."""
+    depth = spec.stack.depth
+    if not lengths:
+        raise BadInput("block-sweep: lengths names no block; give some numbers of layers")
+    bad = [n for n in lengths if not 1 <= n < depth]
+    if bad:
+        raise BadInput(f"block-sweep: a block of {bad[0]} layers cannot be taken from a stack of {depth}; lengths are 1 to {depth - 1}")
 
 
 class _Losses:

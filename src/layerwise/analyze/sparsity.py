@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from layerwise.analyze.findings import Findings, Matrix, Table
-from layerwise.edit.prune.magnitude import kernels
+from layerwise.edit.prune.magnitude import kernels, preview_prune
 from layerwise.models.model import Model
 
 
@@ -18,6 +18,7 @@ def weight_sizes(model: Model, data: Any = None, *, ratio: float = 10.0, bins: i
     Metrics: `cut_mass`, the share of the sum of squares that the cut would remove (0: the cut costs nothing); `size_gap`, log10 of
     the smallest kept size over the largest dropped one's neighbourhood (the median dropped size): how far apart the two groups are.
     """
+    preview_prune(model.spec, ratio=ratio)
     found = kernels(model)
     sizes = torch.cat([p.detach().abs().flatten() for p in found.values()]).double()
     kept = max(int(len(sizes) / ratio), 1)

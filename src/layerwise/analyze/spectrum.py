@@ -12,7 +12,9 @@ from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.attention import Attention
+from layerwise.stack.spec import StackSpec
 
 LOST = (0.5, 0.8)
 
@@ -25,9 +27,8 @@ def cache_spectrum(model: Model, data: Any, *, split: str = "validation", sample
 
     Source: Wang et al. 2024, "CSKV", figure 1 (arXiv 2409.10593).
     """
+    check_spectrum(model.spec)
     watched = {name: m for name, m in model.named_modules() if isinstance(m, Attention) and not m.cross}
-    if not watched:
-        raise BadInput("cache-spectrum looks at keys and values: it needs layers of kind attention")
     moments: dict[tuple[str, str], Tensor] = {}
     real: list[Tensor | None] = [None]
 
@@ -56,6 +57,12 @@ def cache_spectrum(model: Model, data: Any, *, split: str = "validation", sample
     metrics = {"key_lost_half": means[1], "key_lost_80": means[2], "value_lost_half": means[4], "value_lost_80": means[5]}
     columns = [f"{what} {of}" for what in ("keys:", "values:") for of in ("channels for 90 %", "lost with half", "lost with 80 %")]
     return Findings(metrics, tables=[Table("Directions of keys and values", ["layer", *columns], lines)])
+
+
+def check_spectrum(spec: ModelSpec, **_: Any) -> None:
+    """Raises BadInput: no layer has keys and values."""
+    if not isinstance(spec.stack, StackSpec) or not spec.stack.layers:
+        raise BadInput("cache-spectrum looks at keys and values: it needs layers of kind attention")
 
 
 def _energies(moment: Float[Tensor, "d d"]) -> Float[Tensor, " d"]:

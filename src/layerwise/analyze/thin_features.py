@@ -12,23 +12,26 @@ from torch import Tensor, nn
 from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
+from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.attention import Attention
 from layerwise.nn.caches.blocks import as_stored
 from layerwise.nn.linears.shrunk import Shrunk
 from layerwise.stack.record import inputs_of
 
 
-def cache_errors(model: nn.Module, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int = 1) -> Findings:
+def cache_errors(model: Model, data: Any, *, split: str = "validation", batch: int = 16, batches_at_most: int = 1) -> Findings:
     """How far keys and values made again from a shrunk cache's thin features, rounded as it rounds them, are from the exact ones.
 
     Metrics: `key_error` and `value_error`, ||K - K^||^2 / ||K||^2 and the same of values, means over layers; `cache_loss`, what the
     objective `cache-reconstruction` makes small, on these rows.
     """
+    check_thin(model.spec)
     attentions = shrunk_attentions(model)
     sums = torch.zeros(len(attentions), 2, 2, dtype=torch.float64)
     count = 0.0
     with inference(model):
-        for rows in batches(split_of(data, split), batch, batches_at_most, next(model.parameters()).device):
+        for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
             read, real = read_by(model, attentions, rows), real_tokens(rows)
             count += float(real.sum())
             for i, attention in enumerate(attentions):
@@ -41,16 +44,16 @@ def cache_errors(model: nn.Module, data: Any, *, split: str = "validation", batc
     return Findings(metrics, tables=[Table("Keys and values lost in thin features", ["layer", "key", "value"], lines)])
 
 
-def shrunk_attentions(model: nn.Module) -> list[Any]:
-    """The attention of every layer that keeps thin features, first layer first.
-
-    Raises:
-        BadInput: there is none.
-    """
-    found = [m for m in model.modules() if isinstance(m, Attention) and isinstance(m.k, Shrunk) and not m.cross]
-    if not found:
+def check_thin(spec: ModelSpec, **_: Any) -> None:
+    """Raises BadInput: no layer keeps thin features of its keys and values."""
+    caches = [getattr(layer, "cache", None) for layer in spec.stack.layers]
+    if not any(cache is not None and cache.kind == "low-rank" for cache in caches):
         raise BadInput("no layer of this model keeps thin features of keys and values: make them first (edit: shrink-cache)")
-    return found
+
+
+def shrunk_attentions(model: nn.Module) -> list[Any]:
+    """The attention of every layer that keeps thin features, first layer first."""
+    return [m for m in model.modules() if isinstance(m, Attention) and isinstance(m.k, Shrunk) and not m.cross]
 
 
 def read_by(model: nn.Module, attentions: list[Any], batch: Mapping[str, Any], **context: Any) -> dict[int, Float[Tensor, "b s width"]]:

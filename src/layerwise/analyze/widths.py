@@ -10,6 +10,7 @@ from layerwise.edit.prune.sparsity import widths_of
 from layerwise.errors import BadInput
 from layerwise.models.load import described
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.stack.spec import StackSpec
 
 
@@ -24,10 +25,10 @@ def layer_widths(model: Model, *, of: str | None = None) -> Findings:
     Raises:
         BadInput: the layers are no transformer layers, or `of` has more or fewer.
     """
+    other = None if of is None else described(Path(of))
+    check_widths(model.spec, of=other)
     stack: Any = model.spec.stack
-    whole: Any = stack if of is None else described(Path(of)).stack
-    if not isinstance(stack, StackSpec) or not isinstance(whole, StackSpec) or whole.depth != stack.depth:
-        raise BadInput("layer-widths compares transformer layers, as many in both models")
+    whole: Any = stack if other is None else other.stack
     rows: list[list[Cell]] = []
     totals = [0, 0]
     for i, (now, first) in enumerate(zip(stack.layers, whole.layers, strict=True)):
@@ -37,3 +38,10 @@ def layer_widths(model: Model, *, of: str | None = None) -> Findings:
     columns = ["layer", "heads", "kv heads", "channels", "weights", *([] if of is None else ["share left"])]
     metrics = {"prunable_weights": float(totals[0])} | ({} if of is None else {"kept_share": totals[0] / max(totals[1], 1)})
     return Findings(metrics, [Table("Widths of layers", columns, rows)])
+
+
+def check_widths(spec: ModelSpec, *, of: ModelSpec | None, **_: Any) -> None:
+    """Raises BadInput: the layers are no transformer layers, or `of` has more or fewer."""
+    stacks = [model.stack for model in (spec, of) if model is not None]
+    if not all(isinstance(stack, StackSpec) and stack.depth == spec.stack.depth for stack in stacks):
+        raise BadInput("layer-widths compares transformer layers, as many in both models")

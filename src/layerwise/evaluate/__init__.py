@@ -25,6 +25,22 @@ EVALUATIONS = {
     "multiple-choice": "layerwise.evaluate.choice:multiple_choice",
 }
 
+CHECKS = {
+    "token-routing": "layerwise.evaluate.skipping:check_routing",
+    "chain-search": "layerwise.evaluate.chains:check_chains",
+    "continuation": "layerwise.evaluate.continuation:check_continuation",
+    "early-exits": "layerwise.evaluate.exits:check_exits",
+    "self-speculation": "layerwise.evaluate.exits:check_speculation",
+    "fusion-curve": "layerwise.evaluate.fusion:check_fusion",
+    "ghn-start": "layerwise.evaluate.ghn:check_start",
+    "language-modeling": "layerwise.evaluate.language:check_path",
+    "linear-probe": "layerwise.evaluate.probing:check_probe",
+    "embedding-agreement": "layerwise.evaluate.agreement:check_agreement",
+    "masked-lm": "layerwise.objectives.language:check_rate",
+    "multiple-choice": "layerwise.evaluate.choice:check_questions",
+}
+"""What evaluations need of a model's description and their options, as `layerwise.analyze.CHECKS`."""
+
 
 def __getattr__(name: str) -> Any:
     """`layerwise.evaluate.some_name` is the function listed as `some-name`."""

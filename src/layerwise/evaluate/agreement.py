@@ -12,6 +12,7 @@ from layerwise.analyze.findings import Findings
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.load import load_any
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 
 def embedding_agreement(
@@ -26,6 +27,7 @@ def embedding_agreement(
         other: a checkpoint's folder; in a job also `stage:NAME`.
     """
     reference = load_any(other, str(model.device))
+    check_agreement(model.spec, other=reference.spec)
     ours, theirs = [], []
     with inference(model), inference(reference):
         for rows in batches(split_of(data, split), batch, batches_at_most, model.device):
@@ -37,3 +39,8 @@ def embedding_agreement(
     if len(a) > 2:
         found["rank_agreement"] = float(stats.spearmanr((a @ a.T).cpu()[upper], (b @ b.T).cpu()[upper]).statistic)
     return Findings(found)
+
+
+def check_agreement(spec: ModelSpec, *, other: ModelSpec, **_: Any) -> None:
+    """Raises BadInput: it is not known how one of the models makes one vector of a text."""
+    _ = spec.pooling, other.pooling

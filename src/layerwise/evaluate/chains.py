@@ -14,6 +14,8 @@ from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.infer.chain_search import Moves, Path, RandomSearch, TreeSearch, pareto, search, shortest
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
+from layerwise.stack.spec import StackSpec
 
 
 def chain_search(
@@ -46,8 +48,7 @@ def chain_search(
     Raises:
         BadInput: the data has no labels, or fewer than one simulation or question is asked for.
     """
-    if simulations < 1 or questions < 1:
-        raise BadInput(f"simulations and questions are at least 1; got {simulations} and {questions}")
+    check_chains(model.spec, simulations=simulations, questions=questions, c=c, penalty=penalty, explore=explore)
     rows = next(batches(split_of(data, split), questions, 1, model.device))
     if "labels" not in rows or rows["labels"].dim() != 1:
         raise BadInput("chain-search compares one answer a row with its label: the data needs labels")
@@ -68,6 +69,15 @@ def chain_search(
         right = (model(rows).logits.argmax(dim=-1) == labels).tolist()
         search(searches, evaluate, simulations)
     return _summary([one.rewards for one in searches], right, depth, label=target == "label")
+
+
+def check_chains(spec: ModelSpec, *, simulations: int, questions: int, c: float, penalty: float, explore: float, **_: Any) -> None:
+    """Raises BadInput: fewer than one simulation or question, a search with such numbers, or layers that cannot stand for one another."""
+    if simulations < 1 or questions < 1:
+        raise BadInput(f"simulations and questions are at least 1; got {simulations} and {questions}")
+    TreeSearch(spec.stack.depth, c=c, penalty=penalty, explore=explore)
+    if not isinstance(spec.stack, StackSpec):
+        raise BadInput("chain-search skips and repeats layers: it needs transformer layers, which all hand on the same stream")
 
 
 def _wrong(labels: Tensor, classes: int, seed: int) -> Tensor:

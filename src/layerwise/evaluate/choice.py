@@ -15,6 +15,7 @@ from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
 from layerwise.models.heads import LMHead
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -83,6 +84,12 @@ def multiple_choice(model: Model, data: Any, *, file: str, batch: int = 16) -> F
         gold += values[q["answer"]]
     n = len(questions)
     return Findings({"accuracy": right / n, "accuracy_normalized": normalized / n, "gold_log_likelihood": gold / n})
+
+
+def check_questions(spec: ModelSpec, *, file: str, **_: Any) -> None:
+    """Raises BadInput: the file cannot be read, or holds no questions in that form."""
+    for _question in _questions(Path(file)):
+        pass
 
 
 def pair(tokenizer: Any, context: str, continuation: str) -> Pair:

@@ -15,8 +15,9 @@ from layerwise.analyze.findings import Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.infer.generate import generate
-from layerwise.infer.routes import decisions
+from layerwise.infer.routes import decisions, skipped
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.sequence_router import GATING, Gating
 from layerwise.objectives.language import next_tokens
 
@@ -48,6 +49,7 @@ def continuation(
     """
     if not data.spec.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
+    check_continuation(model.spec, skip=skip)
     said: dict[int, list[str]] = {}
     wanted: dict[int, list[str]] = {}
     runs: dict[int, list[Tensor]] = {}
@@ -88,13 +90,19 @@ def continuation(
     if len(shares) > 1:
         pairs = list(itertools.combinations(shares.values(), 2))
         found["task_distance"] = sum(jaccard_distance(a, b) for a, b in pairs) / len(pairs)
-    skipped = Table(
+    skips = Table(
         "Share of prompts that skip a layer",
         ["layer", *(names[task] for task in shares)],
         [[i, *(share[i].item() for share in shares.values())] for i in range(model.stack.depth)],
     )
     first = [[names[task], said[task][i], wanted[task][i]] for task in said for i in range(min(3, len(said[task])))]
-    return Findings(found, tables=[skipped, Table("First continuations", ["task", "said", "target"], first)])
+    return Findings(found, tables=[skips, Table("First continuations", ["task", "said", "target"], first)])
+
+
+def check_continuation(spec: ModelSpec, *, skip: float | None, **_: Any) -> None:
+    """Raises BadInput: fewer layers have a router than are to be skipped."""
+    if skip is not None:
+        skipped(spec, skip)
 
 
 def left_padded(ids: Int[Tensor, "b s"], prompt: Bool[Tensor, "b s"]) -> tuple[Int[Tensor, "b p"], Bool[Tensor, "b p"]]:

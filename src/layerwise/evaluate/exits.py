@@ -14,8 +14,9 @@ from layerwise.analyze.findings import Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.infer.generate import generate
-from layerwise.infer.speculative import self_speculate
+from layerwise.infer.speculative import check_drafting, self_speculate
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.objectives.early_exit import normed
 from layerwise.objectives.language import next_tokens, score_labels
 
@@ -27,10 +28,9 @@ def early_exits(
 
     Metrics: `exit_loss` after the first `at` layers (None: half of them), `val_loss` after all, `exit_gap` their ratio - 1.
     """
+    check_exits(model.spec, at=at)
     depth = model.stack.depth
     at = max(depth // 2, 1) if at is None else at
-    if not 1 <= at <= depth:
-        raise BadInput(f"at is a number of layers, 1 to {depth}; it is {at}")
     total = torch.zeros(depth, dtype=torch.float64, device=model.device)
     count = torch.zeros((), dtype=torch.long, device=model.device)
     with inference(model):
@@ -44,6 +44,12 @@ def early_exits(
     table = Table("Loss of an exit after each layer", ["layer", "loss"], [[i, loss] for i, loss in enumerate(losses_at)])
     found = {"exit_loss": losses_at[at - 1], "val_loss": losses_at[-1], "exit_gap": losses_at[at - 1] / losses_at[-1] - 1}
     return Findings(found, tables=[table])
+
+
+def check_exits(spec: ModelSpec, *, at: int | None, **_: Any) -> None:
+    """Raises BadInput: there is no such layer to leave the model after."""
+    if at is not None and not 1 <= at <= spec.stack.depth:
+        raise BadInput(f"at is a number of layers, 1 to {spec.stack.depth}; it is {at}")
 
 
 def self_speculation(
@@ -72,8 +78,7 @@ def self_speculation(
     Args:
         confidence: see `layerwise.infer.speculative.SelfSpeculation`.
     """
-    if repeats < 1:
-        raise BadInput(f"repeats is at least 1; it is {repeats}")
+    check_speculation(model.spec, exits=exits, drafts=drafts, confidence=confidence, repeats=repeats)
     rows = next(batches(split_of(data, split), prompts, 1, model.device))["input_ids"][:, :prompt]
     pairs = [(e, d) for e in exits for d in drafts]
     plain = 0.0
@@ -113,6 +118,16 @@ def self_speculation(
         "tokens_per_second": tokens / plain,
     }
     return Findings(found, tables=[table], notes=[f"fewest calls: {best[0]} layers draft {best[1]} tokens"])
+
+
+def check_speculation(spec: ModelSpec, *, exits: Sequence[int], drafts: Sequence[int], confidence: float, repeats: int, **_: Any) -> None:
+    """Raises BadInput: nothing to time, or a pair of exit and draft that the model cannot decode with."""
+    if repeats < 1:
+        raise BadInput(f"repeats is at least 1; it is {repeats}")
+    if not exits or not drafts:
+        raise BadInput(f"exits and drafts have at least one entry each; got {list(exits)} and {list(drafts)}")
+    for exit_layer in exits:
+        check_drafting(spec, exit_layer=exit_layer, draft=min(drafts), confidence=confidence)
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:

@@ -9,10 +9,12 @@ from typing import Any, Literal
 import torch
 
 from layerwise.analyze.findings import Findings, Table
-from layerwise.edit.merging.transport import By, Solver, ot_fuse
+from layerwise.edit.merging.transport import By, Solver, check_alike, ot_fuse
 from layerwise.errors import BadInput
 from layerwise.evaluate.accuracy import classification
+from layerwise.models.load import load_any
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 
 def fusion_curve(
@@ -35,9 +37,9 @@ def fusion_curve(
     Args:
         other, by, match, solver, samples: see `layerwise.edit.merging.transport.ot_fuse`.
     """
-    if not weights or not all(0 <= w <= 1 for w in weights):
-        raise BadInput(f"weights lie in [0, 1] and are at least one; got {list(weights)}")
-    aligned = ot_fuse(model, data, other=other, weight=0.0, by=by, match=match, solver=solver, samples=samples)
+    theirs = other if isinstance(other, Model) else load_any(other, str(model.device))
+    check_fusion(model.spec, other=theirs.spec, weights=weights, match=match)
+    aligned = ot_fuse(model, data, other=theirs, weight=0.0, by=by, match=match, solver=solver, samples=samples)
     mixed = copy.deepcopy(model)
     ends = [aligned.state_dict(), model.state_dict()]
 
@@ -55,3 +57,12 @@ def fusion_curve(
     return Findings(
         found, tables=[Table("Accuracy by the weight of this network", ["weight", "accuracy"], [[w, a] for w, a in curve.items()])]
     )
+
+
+def check_fusion(
+    spec: ModelSpec, *, other: ModelSpec, weights: Sequence[float], match: Literal["transport", "none"] = "transport", **_: Any
+) -> None:
+    """Raises BadInput: no weights or one outside [0, 1], or networks that cannot be fused."""
+    if not weights or not all(0 <= w <= 1 for w in weights):
+        raise BadInput(f"weights lie in [0, 1] and are at least one; got {list(weights)}")
+    check_alike(spec, other, match=match)

@@ -17,6 +17,7 @@ from layerwise.evaluate.batches import batches, inference
 from layerwise.models.architectures import distinct
 from layerwise.models.ghn import predict, with_noise
 from layerwise.models.model import build
+from layerwise.models.spec import ModelSpec
 from layerwise.models.targets import Target, target_of
 from layerwise.objectives.ghn import training_pool
 
@@ -59,9 +60,8 @@ def ghn_start(
         pool, pool_seed: those of training; none of these architectures is measured.
         batches_at_most: validation batches of 256 images, at least 2.
     """
+    check_start(model.spec, rates=rates, nets=nets)
     embedding, head = model.spec.embedding, model.spec.head
-    if not rates or min(rates) <= 0 or nets < 1:
-        raise BadInput(f"rates are some positive learning rates and nets is at least 1; got {rates} and {nets}")
     options = {"channels": embedding.channels, "size": embedding.size, "classes": head.classes}
     known = set(training_pool(model, pool, pool_seed))
     specs = distinct(nets, torch.Generator().manual_seed(UNSEEN + (seed or 0)), but=known, **options)
@@ -94,6 +94,12 @@ def ghn_start(
         found |= {"others_untrained": _mean(table[nets:], 2), "others_accuracy": _mean(table[nets:], 3)}
     columns = ["network", "nodes", "untrained", f"after {steps} steps", "rate", *(f"at rate {rate:g}" for rate in rates)]
     return Findings(found, [Table("Networks", columns, table)])
+
+
+def check_start(spec: ModelSpec, *, rates: Sequence[float], nets: int, **_: Any) -> None:
+    """Raises BadInput: no rates or one that is not positive, or no networks."""
+    if not rates or min(rates) <= 0 or nets < 1:
+        raise BadInput(f"rates are some positive learning rates and nets is at least 1; got {rates} and {nets}")
 
 
 def outsiders(*, channels: int, size: tuple[int, int], classes: int) -> dict[str, nn.Module]:

@@ -10,7 +10,9 @@ import torch
 from layerwise.analyze.findings import Findings
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.objectives.language import CausalLM, MaskedLM
+from layerwise.stack.stack import checked_path
 
 
 def language_modeling(
@@ -33,6 +35,11 @@ def language_modeling(
     loss = total / count
     uniform = math.log(len(model.token_matrix))
     return Findings({"val_loss": loss, "perplexity": math.exp(min(loss, 700)), "normalized_loss": loss / uniform})
+
+
+def check_path(spec: ModelSpec, *, path: list[int] | None, **_: Any) -> None:
+    """Raises BadInput: the path names a layer that is not there."""
+    checked_path(path or (), spec.stack.depth)
 
 
 def masked_language_modeling(

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from layerwise.analyze.findings import Findings, Table
 from layerwise.data.turns import turned
+from layerwise.embed.spec import PatchSpec, PixelSpec, StemSpec
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.heads import pool
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 
 Target = Literal["label", "quarters", "levels"]
 
@@ -52,13 +54,9 @@ def linear_probe(
 
     Source: Alain and Bengio 2016, "Understanding intermediate layers using linear classifier probes".
     """
-    if filtered and (model.filters is None or layers is None):
-        raise BadInput("filtered probes read layers that have filters: give the model some (edit: add-filters), and name layers")
+    check_probe(model.spec, layers=layers, filtered=filtered, target=target)
     depth = model.stack.depth
-    chosen = list(range(depth)) if layers == "all" else [int(i) for i in layers] if layers is not None else None
-    if chosen is not None and (bad := [i for i in chosen if not -depth <= i < depth]):
-        raise BadInput(f"cannot probe layer {bad[0]}: the model has layers 0 to {depth - 1}")
-    places = None if chosen is None else [i % depth for i in chosen]
+    places = list(range(depth)) if layers == "all" else [int(i) % depth for i in layers] if layers is not None else None
     seen = {
         name: _states(model, split_of(data, name), places, filtered, target, pool_by, batch, batches_at_most, (seed or 0) + k)
         for k, name in enumerate(("train", split))
@@ -69,6 +67,19 @@ def linear_probe(
     accuracies = [row[1] for row in rows]
     table = Table(f"Accuracy of a linear probe for the {target}", ["layer", "accuracy"], rows)
     return Findings({"probe_accuracy": accuracies[-1], "best_probe_accuracy": max(accuracies)}, [table])
+
+
+def check_probe(spec: ModelSpec, *, layers: Sequence[int] | Literal["all"] | None, filtered: bool, target: Target, **_: Any) -> None:
+    """Raises BadInput: layers that are not there, filters that the model has not, or turned images of a model that reads none."""
+    if filtered and (spec.filters is None or layers is None):
+        raise BadInput("filtered probes read layers that have filters: give the model some (edit: add-filters), and name layers")
+    depth = spec.stack.depth
+    if layers is not None and not layers:
+        raise BadInput("layers names none to probe: give some, all, or leave it out for what leaves the last one")
+    if layers is not None and layers != "all" and (bad := [i for i in layers if not -depth <= int(i) < depth]):
+        raise BadInput(f"cannot probe layer {bad[0]}: the model has layers 0 to {depth - 1}")
+    if target != "label" and not isinstance(spec.embedding, PixelSpec | PatchSpec | StemSpec):
+        raise BadInput(f"target {target} is about images that are turned; this model reads none")
 
 
 def fitted(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], *, penalty: float = 1.0) -> float:
@@ -103,8 +114,6 @@ def _states(
                     raise BadInput("a linear probe for the label needs data with one label a row")
                 wanted.append(given["labels"].cpu())
             else:
-                if "pixel_values" not in given:
-                    raise BadInput(f"target {target} is about images that are turned; this data has none")
                 pixels, quarters, levels = turned(given["pixel_values"], generator)
                 given = {**given, "pixel_values": pixels}
                 wanted.append((quarters if target == "quarters" else levels).cpu())

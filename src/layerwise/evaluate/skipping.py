@@ -16,6 +16,7 @@ from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.token_router import ROUTING, Routing, token_routed
 from layerwise.objectives.language import CausalLM
 from layerwise.objectives.token_routing import quota
@@ -55,13 +56,8 @@ def token_routing(
     Raises:
         BadInput: the model has no routers, or `random` has no share.
     """
+    check_routing(model.spec, active=active, share=share, calibrate=calibrate)
     routed = token_routed(model.spec, "token-routing")
-    if (active == "random") != (share is not None) and active != "router":
-        raise BadInput("random choices need a share of active tokens, and active: all has none")
-    if calibrate == "layer" and (active != "router" or share is not None):
-        raise BadInput("calibrate: layer takes the share of each layer from training: leave share out, and active: router")
-    if share is not None and not 0 < share < 1:
-        raise BadInput(f"share lies between 0 and 1; it is {share}")
     with inference(model):
         generator = torch.Generator(device=model.device).manual_seed(seed or 0)
         routing = Counting(0.0)
@@ -104,6 +100,17 @@ def token_routing(
         },
         [Table("Share of active tokens", ["layer", "active", "added"], layers)],
     )
+
+
+def check_routing(spec: ModelSpec, *, active: Active, share: float | None, calibrate: Calibrate, **_: Any) -> None:
+    """Raises BadInput: no routers of tokens, or a share where none belongs, or none where one does."""
+    token_routed(spec, "token-routing")
+    if (active == "random") != (share is not None) and active != "router":
+        raise BadInput("random choices need a share of active tokens, and active: all has none")
+    if calibrate == "layer" and (active != "router" or share is not None):
+        raise BadInput("calibrate: layer takes the share of each layer from training: leave share out, and active: router")
+    if share is not None and not 0 < share < 1:
+        raise BadInput(f"share lies between 0 and 1; it is {share}")
 
 
 def threshold(model: Model, data: Any, share: float, samples: int, batch: int) -> float:

@@ -10,8 +10,8 @@ from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
 from layerwise.infer.generate import probabilities, sample
 from layerwise.infer.paths import enter, exit_logits, resume
-from layerwise.models.heads import LMHead
 from layerwise.models.model import Model
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
 
 
@@ -50,18 +50,9 @@ class SelfSpeculation:
         top_p: float = 1.0,
         seed: int = 0,
     ) -> None:
-        if not model.causal or model.decoder is not None or not isinstance(model.head, LMHead):
-            raise BadInput("self-speculation continues a text: it needs a causal decoder with a head of kind lm")
-        if any(getattr(layer, "cache", None) is not None for layer in model.spec.stack.layers):
-            raise BadInput(
-                "self-speculation takes steps back, which a compressed cache cannot: merge it (edit: merge), or decode without drafts"
-            )
+        check_drafting(model.spec, exit_layer=exit_layer, draft=draft, confidence=confidence)
         if ids.dim() != 2 or not ids.shape[1]:
             raise BadInput(f"prompts are a (batch, length) tensor with length >= 1; got shape {tuple(ids.shape)}")
-        if not 1 <= exit_layer <= model.stack.depth or draft < 0:
-            raise BadInput(f"exit_layer is 1 to {model.stack.depth} and draft >= 0; got {exit_layer} and {draft}")
-        if not 0 <= confidence <= 1:
-            raise BadInput(f"confidence is a probability; it is {confidence}")
         self.model, self.ids, self.exit_layer, self.draft, self.confidence = model, ids, exit_layer, draft, confidence
         self.temperature, self.top_p = temperature, top_p
         self.generator = torch.Generator(device=ids.device).manual_seed(seed)
@@ -129,6 +120,20 @@ class SelfSpeculation:
 
     def _draw(self, weights: Float[Tensor, "b vocab"]) -> Int[Tensor, "b 1"]:
         return torch.multinomial(weights, 1, generator=self.generator)
+
+
+def check_drafting(spec: ModelSpec, *, exit_layer: int, draft: int, confidence: float) -> None:
+    """Raises BadInput: a model that cannot decode so, or numbers that there are not."""
+    if not spec.causal or spec.decoder is not None or spec.head is None or spec.head.kind != "lm":
+        raise BadInput("self-speculation continues a text: it needs a causal decoder with a head of kind lm")
+    if any(getattr(layer, "cache", None) is not None for layer in spec.stack.layers):
+        raise BadInput(
+            "self-speculation takes steps back, which a compressed cache cannot: merge it (edit: merge), or decode without drafts"
+        )
+    if not 1 <= exit_layer <= spec.stack.depth or draft < 0:
+        raise BadInput(f"exit_layer is 1 to {spec.stack.depth} and draft >= 0; got {exit_layer} and {draft}")
+    if not 0 <= confidence <= 1:
+        raise BadInput(f"confidence is a probability; it is {confidence}")
 
 
 def self_speculate(

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
+from layerwise import analyze, evaluate
 from layerwise.data.builtin import KINDS, LABELLED, RECALL
 from layerwise.data.load import check_source
 from layerwise.data.tokenizer import SPECIALS
@@ -18,9 +19,8 @@ from layerwise.edit.adapt import Role
 from layerwise.embed.audio_spec import MelSpec, WaveSpec
 from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
-from layerwise.infer.routes import skipped
 from layerwise.jobs.options import checked_options
-from layerwise.jobs.references import STAGE, START, check_references
+from layerwise.jobs.references import STAGE, START, check_references, references
 from layerwise.jobs.schema import TABLES, Export, Job, Plan, Stage
 from layerwise.memory import check_room
 from layerwise.models.hf import family_for
@@ -51,6 +51,7 @@ NEEDS_HEAD = {
     "classification": "classifier",
     "chain-search": "classifier",
     "fusion-curve": "classifier",
+    "ensemble-accuracy": "classifier",
     "deep-supervision": "classifier",
     "forward-forward": "classifier",
     "mono-forward": "classifier",
@@ -67,6 +68,8 @@ NEEDS_HEAD = {
     "token-routing": "lm",
     "block-drop": "lm",
     "block-sweep": "lm",
+    "bits-curve": "lm",
+    "multiple-choice": "lm",
 }
 CAUSAL = (
     "causal-lm",
@@ -76,6 +79,8 @@ CAUSAL = (
     "layer-drop",
     "block-drop",
     "block-sweep",
+    "bits-curve",
+    "multiple-choice",
     "early-exit-lm",
     "early-exits",
     "self-speculation",
@@ -87,6 +92,7 @@ CAUSAL = (
 """Stages that score the next token."""
 CONTAINED = {"distillation": "", "filters": "classification", "distilled-masked-lm": "masked-lm"}
 """Objectives that contain another one, which has the needs; the one where `task` names none."""
+CHECKS = analyze.CHECKS | evaluate.CHECKS
 OF_A_LOSS = ("taylor", "gradient-norm", "layer-drop")
 """Scores of layers and weights that need an objective."""
 
@@ -194,8 +200,12 @@ def rehearsed(plan: Plan) -> Iterator[Stage]:
                 stage = dataclasses.replace(stage, options=checked_options(function, stage.options, stage.what))
                 if objective := _measured_by(stage):
                     _check_head(dataclasses.replace(stage, what=objective), spec, there)
+                    _check_objective(objective, {}, spec)
                 if stage.kind == "edit":
                     spec = lookup(PREVIEWS, stage.what, "preview")(spec, **stage.options)
+                elif stage.what in CHECKS:
+                    named = {option: _named(what, left) for option, what in references(stage).items()}
+                    lookup(CHECKS, stage.what, "check")(spec, **{**stage.options, **named})
                 yield stage
         left[STAGE + stage.name] = spec
 
@@ -211,10 +221,7 @@ def _starting_spec(plan: Plan) -> ModelSpec:
 
 
 def _checked_training(train: TrainSpec, spec: ModelSpec, *, probe: bool) -> TrainSpec:
-    objective = lookup(OBJECTIVES, train.objective, "objective")
-    checked_options(objective, train.options, "options")
-    if (check := getattr(objective, "check", None)) is not None:
-        check(spec)
+    _check_objective(train.objective, train.options, spec)
     check_options(train.optimizer)
     _check_optimizer(train.optimizer)
     for key in train.optimizer.depth_lr:
@@ -245,12 +252,25 @@ def _checked_training(train: TrainSpec, spec: ModelSpec, *, probe: bool) -> Trai
     return dataclasses.replace(train, policies=tuple(policies))
 
 
+def _check_objective(name: str, options: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Whether there is such an objective, which has these options and can look at such a model."""
+    objective = lookup(OBJECTIVES, name, "objective")
+    checked_options(objective, options, "options")
+    if (check := getattr(objective, "check", None)) is not None:
+        check(spec)
+
+
+def _named(what: str, left: Mapping[str, ModelSpec]) -> ModelSpec:
+    """The description of a model that an option names; `left` has those of the job itself."""
+    return left[what] if what in left else described(Path(what))
+
+
 def _check_teacher(train: TrainSpec, spec: ModelSpec, left: Mapping[str, ModelSpec]) -> None:
     """Let an objective that learns from a teacher compare the two descriptions; `left` has those that references name."""
     kind, teacher = lookup(OBJECTIVES, train.objective, "objective"), train.options.get("teacher")
     if hasattr(kind, "check_teacher") and isinstance(teacher, str):
         complete = checked_options(kind, train.options, "options")
-        kind.check_teacher(complete, spec, left[teacher] if teacher in left else described(Path(teacher)))
+        kind.check_teacher(complete, spec, _named(teacher, left))
 
 
 def _check_optimizer(spec: OptimizerSpec) -> None:
@@ -265,6 +285,8 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
     what = stage.what
     if isinstance(stage.spec, TrainSpec) and what in CONTAINED:
         what = str(stage.spec.options.get("task", CONTAINED[what]))
+    if what == "linear-probe" and stage.options.get("target", "label") == "label":
+        _check_labels(what, plan)
     need = NEEDS_HEAD.get(what)
     if need is None:
         return
@@ -281,13 +303,16 @@ def _check_head(stage: Stage, spec: ModelSpec, plan: Plan) -> None:
         raise BadInput(f"{what} reads text; this model reads images")
     if stage.what == "continuation" and not plan.data.pairs:
         raise BadInput("continuation compares with targets: name the columns of prompts and targets in data.pairs")
-    if stage.what == "continuation" and stage.options.get("skip") is not None:
-        skipped(spec, stage.options["skip"])
     if stage.what in ("recall", "answers") and _builtin(plan) is not None and plan.data.source.removeprefix("builtin:") not in RECALL:
         raise BadInput(
             f"{stage.what} needs texts that ask something, and {plan.data.source} asks nothing: set data.source to builtin:{', builtin:'.join(RECALL)}"
         )
-    if need == "classifier" and _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
+    if need == "classifier":
+        _check_labels(what, plan)
+
+
+def _check_labels(what: str, plan: Plan) -> None:
+    if _builtin(plan) == "text" and plan.data.source.removeprefix("builtin:") not in LABELLED:
         raise BadInput(f"{what} needs data with labels; {plan.data.source} has none")
 
 

@@ -26,7 +26,7 @@ from layerwise.models.filters import Filters
 from layerwise.models.ghn import ParameterHead
 from layerwise.models.heads import ClassifierHead, LMHead, pool
 from layerwise.models.origin import origin_of, with_origin
-from layerwise.models.spec import UNKNOWN_POOLING, ModelSpec
+from layerwise.models.spec import ModelSpec
 from layerwise.nn.cache import Cache
 from layerwise.stack.context import PAD, Around, Context
 from layerwise.stack.stack import Stack
@@ -63,10 +63,7 @@ class Output:
             BadInput: the checkpoint that the model came from has a way that is not known here.
         """
         spec = self.model.spec
-        how = spec.head.pool if spec.head else spec.pool
-        if how is None:
-            raise BadInput(UNKNOWN_POOLING)
-        return pool(self.hidden, how, self.mask, getattr(spec.embedding, "prefix", 0), self.ends)
+        return pool(self.hidden, spec.pooling, self.mask, getattr(spec.embedding, "prefix", 0), self.ends)
 
     @property
     def logits(self) -> Tensor:

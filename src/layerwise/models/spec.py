@@ -259,6 +259,18 @@ class ModelSpec:
             raise BadInput("a head of kind lm scores tokens and this model reads images: set head.kind to classifier")
 
     @property
+    def pooling(self) -> str:
+        """How positions become one vector: as the head says, or without a head the model.
+
+        Raises:
+            BadInput: the checkpoint that the model came from has a way that is not known here.
+        """
+        how = self.head.pool if self.head is not None else self.pool
+        if how is None:
+            raise BadInput(UNKNOWN_POOLING)
+        return how
+
+    @property
     def causal(self) -> bool:
         """Whether the model can continue a text token by token."""
         top = self.decoder or self.stack

@@ -56,6 +56,12 @@ class Grid:
         return self.scales[:, of], self.zeros[:, of]
 
 
+def check_width(bits: int) -> None:
+    """Raises BadInput: there is no grid of so many bits."""
+    if bits not in WIDTHS:
+        raise BadInput(f"weights are quantized to {', '.join(map(str, WIDTHS))} bits; got {bits}")
+
+
 def find_grid(
     weight: Float[Tensor, "out in"],
     bits: int,
@@ -74,8 +80,7 @@ def find_grid(
 
     Source: Frantar et al. 2022, "GPTQ" (arXiv 2210.17323), published quantizer.
     """
-    if bits not in WIDTHS:
-        raise BadInput(f"weights are quantized to {', '.join(map(str, WIDTHS))} bits; got {bits}")
+    check_width(bits)
     group = weight.shape[1] if group is None else group
     # Padding with zeros changes no range, which includes 0, and no error, as 0 is on every grid.
     blocks = F.pad(weight.float(), (0, -weight.shape[1] % group)).unflatten(1, (-1, group))

@@ -9,13 +9,9 @@ import torch
 from torch import nn
 
 from layerwise.analyze.findings import Findings
-from layerwise.analyze.thin_features import cache_errors, made_again, read_by, real_tokens, shrunk_attentions, squared
-from layerwise.errors import BadInput
-from layerwise.models.spec import ModelSpec
+from layerwise.analyze.thin_features import cache_errors, check_thin, made_again, read_by, real_tokens, shrunk_attentions, squared
 from layerwise.objectives.loss import Loss
 from layerwise.objectives.objective import Objective
-
-NONE_SHRUNK = "cache-reconstruction trains the factors of a shrunk cache: make them first (edit: shrink-cache)"
 
 
 class CacheReconstruction(Objective):
@@ -32,15 +28,11 @@ class CacheReconstruction(Objective):
         super().__init__()
         self.trained: list[tuple[nn.Parameter, bool]] = []
 
-    @staticmethod
-    def check(spec: ModelSpec) -> None:
-        """Raises BadInput: no layer keeps thin features."""
-        caches = [getattr(layer, "cache", None) for layer in spec.stack.layers]
-        if not any(cache is not None and cache.kind == "low-rank" for cache in caches):
-            raise BadInput(NONE_SHRUNK)
+    check = staticmethod(check_thin)
 
-    def attach(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    def attach(self, model: Any, batch: Mapping[str, Any]) -> None:
         """Freeze everything but the factors; `finish` undoes it."""
+        self.check(model.spec)
         factors = {id(f) for a in shrunk_attentions(model) for m in (a.k, a.v) for f in (m.factor_a, m.factor_b)}
         self.trained = [(p, p.requires_grad) for p in model.parameters()]
         for parameter, _ in self.trained:
@@ -57,7 +49,7 @@ class CacheReconstruction(Objective):
         total = torch.stack(parts).sum(dim=0)
         return Loss(total.sum(), count, {"key_loss": total[0].detach(), "value_loss": total[1].detach()})
 
-    def finish(self, model: nn.Module, data: Any) -> Findings | None:
+    def finish(self, model: Any, data: Any) -> Findings | None:
         """What the factors lose of keys and values of validation rows; see `cache_errors`."""
         for parameter, before in self.trained:
             parameter.requires_grad_(before)

@@ -58,6 +58,12 @@ class CausalLM(Objective):
         return score_labels(out.model, out.hidden[:, :-1], next_tokens(batch))
 
 
+def check_rate(spec: ModelSpec | None = None, *, rate: float, **_: Any) -> None:
+    """Raises BadInput: no share of tokens to predict, whatever the model."""
+    if not 0 < rate < 1:
+        raise BadInput(f"rate is the share of tokens to predict, between 0 and 1; it is {rate}")
+
+
 class MaskedLM(Objective):
     """Predict the tokens that were masked, a fresh choice at every step. Source: Devlin et al. 2019, section 3.1.
 
@@ -69,8 +75,7 @@ class MaskedLM(Objective):
 
     def __init__(self, data: Any, *, rate: float = 0.15, replace: tuple[float, float, float] = (0.8, 0.1, 0.1)) -> None:
         super().__init__()
-        if not 0 < rate < 1:
-            raise BadInput(f"rate is the share of tokens to predict, between 0 and 1; it is {rate}")
+        check_rate(rate=rate)
         if getattr(data, "mask_id", None) is None:
             raise BadInput("masked-lm needs a tokenizer with a mask token: use bpe, wordpiece or bytes")
         self.rate, self.replace, self.mask_id, self.vocab = rate, replace, data.mask_id, data.vocab

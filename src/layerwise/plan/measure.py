@@ -15,7 +15,7 @@ from layerwise.embed.spec import TokenSpec
 from layerwise.errors import BadInput
 from layerwise.evaluate.batches import inference
 from layerwise.models.model import Model, Output
-from layerwise.models.spec import UNKNOWN_POOLING, ModelSpec
+from layerwise.models.spec import ModelSpec
 from layerwise.objectives.language import MaskedLM, next_tokens, score_labels
 
 NUMBERS = 2**24
@@ -154,8 +154,8 @@ def check_measurable(spec: ModelSpec) -> None:
     scores = spec.head is not None and spec.head.kind == "lm"
     if not isinstance(spec.embedding, TokenSpec) or not (scores or (spec.head is None and not spec.causal)):
         raise BadInput("a plan is made for models of text with a head of kind lm, and for encoders of text without a head")
-    if spec.head is None and spec.pool is None:
-        raise BadInput(UNKNOWN_POOLING)
+    if spec.head is None:
+        _ = spec.pooling
 
 
 def measure_for(model: Model, data: Any, source: str) -> Measure:

@@ -22,6 +22,18 @@ from layerwise.stack.row_paths import run_row_paths
 from layerwise.stack.spec import StackSpec
 
 
+def checked_path(path: Sequence[int], depth: int) -> Sequence[int]:
+    """The path, through a stack of so many layers.
+
+    Raises:
+        BadInput: it names one that is not there.
+    """
+    bad = [i for i in path if not 0 <= i < depth]
+    if bad:
+        raise BadInput(f"path {list(path)} names layer {bad[0]}; the stack has layers 0 to {depth - 1}")
+    return path
+
+
 class Stack(nn.Module):
     """Layers run in order, or along `ctx.path`, each call wrapped by `ctx.around`.
 
@@ -57,14 +69,14 @@ class Stack(nn.Module):
             around = (*around, StochasticDepth())
         path = range(self.depth) if ctx.path is None else ctx.path
         if len(path) and not isinstance(path[0], int):
-            x = run_row_paths(partial(self._call, around=around), x, ctx, [self._checked(row) for row in path])  # type: ignore[arg-type]
+            x = run_row_paths(partial(self._call, around=around), x, ctx, [checked_path(row, self.depth) for row in path])  # type: ignore[arg-type]
         else:
-            x = self._along(x, ctx, self._checked(path), around)  # type: ignore[arg-type]
+            x = self._along(x, ctx, checked_path(path, self.depth), around)  # type: ignore[arg-type]
         return x if self.norm is None else self.norm(x)
 
     def part(self, x: Float[Tensor, "b s width"], ctx: Context, path: Sequence[int]) -> Float[Tensor, "b s width"]:
         """Part of the way: the layers of `path` in a pass that has begun (`ctx.begin`), without the final norm."""
-        return self._along(x, ctx, self._checked(path), ctx.around)
+        return self._along(x, ctx, checked_path(path, self.depth), ctx.around)
 
     def _along(self, x: Tensor, ctx: Context, path: Sequence[int], around: tuple[Around, ...]) -> Tensor:
         visits: dict[int, int] = {}
@@ -77,12 +89,6 @@ class Stack(nn.Module):
     def _call(self, slot: Slot, x: Tensor, ctx: Context, around: tuple[Around, ...]) -> Tensor:
         layer = self.layers[slot[0]]
         return _wrapped(slot[0], layer, partial(layer, slot=slot), around)(x, ctx) if around else layer(x, ctx, slot)
-
-    def _checked(self, path: Sequence[int]) -> Sequence[int]:
-        bad = [i for i in path if not 0 <= i < self.depth]
-        if bad:
-            raise BadInput(f"path {list(path)} names layer {bad[0]}; the stack has layers 0 to {self.depth - 1}")
-        return path
 
     def initialize(self, generator: torch.Generator) -> None:
         """Fresh weights, in place, drawn from `generator`."""

@@ -17,7 +17,7 @@ from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.heads import ClassifierHead
 from layerwise.models.load import load_any
 from layerwise.models.model import Model
-from layerwise.models.plain_spec import PlainStackSpec
+from layerwise.models.plain_spec import PlainLayerSpec, PlainStackSpec
 from layerwise.models.spec import ModelSpec
 
 By = Literal["activations", "weights"]
@@ -61,7 +61,7 @@ def ot_fuse(
     """
     preview_fuse(model.spec, weight=weight, reg=reg)
     theirs = other if isinstance(other, Model) else load_any(other, str(model.device))
-    _check_alike(model, theirs)
+    check_alike(model.spec, theirs.spec, match=match)
     seen = [_preactivations(m, data, split, samples) for m in (model, theirs)] if by == "activations" and match == "transport" else None
     fused = copy.deepcopy(model)
     carried: Tensor | None = None
@@ -70,10 +70,6 @@ def ot_fuse(
             aligned = _incoming(layer.weight.weight, carried, incoming)
             if match == "none":
                 carried = torch.eye(len(aligned), device=aligned.device, dtype=aligned.dtype)
-                if aligned.shape != ours.weight.weight.shape:
-                    raise BadInput(
-                        f"layer {i} has {len(aligned)} neurons there and {len(ours.weight.weight)} here: match: none needs equal ones"
-                    )
             else:
                 a, b = (s[i] for s in reversed(seen)) if seen else (aligned.flatten(1), ours.weight.weight.flatten(1))
                 carried = transport_map(a, b, solver=solver, reg=reg).to(aligned)
@@ -142,14 +138,21 @@ def _set(layer: nn.Module, name: str, value: Tensor) -> None:
     getattr(layer.get_submodule(owner), leaf).copy_(value)
 
 
-def _check_alike(ours: Model, theirs: Model) -> None:
-    preview_fuse(theirs.spec)
-    kinds = [[(layer.kind, layer.norm, layer.size, layer.bias) for layer in m.spec.stack.layers] for m in (ours, theirs)]  # type: ignore[union-attr]
+def check_alike(ours: ModelSpec, theirs: ModelSpec, *, match: Literal["transport", "none"]) -> None:
+    """Raises BadInput: networks that cannot be fused, in kinds of layers, classes or, where nothing is matched, widths."""
+    preview_fuse(ours)
+    preview_fuse(theirs)
+    here, there = ([layer for layer in m.stack.layers if isinstance(layer, PlainLayerSpec)] for m in (ours, theirs))
+    kinds = [[(layer.kind, layer.norm, layer.size, layer.bias) for layer in layers] for layers in (here, there)]
     if kinds[0] != kinds[1]:
         raise BadInput(f"ot-fuse needs the same layers but for their widths; here they are {kinds[0]}, there {kinds[1]}")
-    heads = [_readout(m).out_features for m in (ours, theirs)]
-    if heads[0] != heads[1]:
+    # Classes that the data decides are filled in when a model is made.
+    heads = [m.head.classes if m.head is not None else None for m in (ours, theirs)]
+    if heads[0] != heads[1] and None not in heads:
         raise BadInput(f"ot-fuse needs the same classes; there are {heads[0]} here and {heads[1]} there")
+    for i, (a, b) in enumerate(zip(here, there, strict=True)):
+        if match == "none" and a.channels != b.channels:
+            raise BadInput(f"layer {i} has {b.channels} neurons there and {a.channels} here: match: none needs equal ones")
 
 
 def _preactivations(model: Model, data: Any, split: str, samples: int) -> list[Float[Tensor, "neurons values"]]:
