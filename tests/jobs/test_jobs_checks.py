@@ -102,8 +102,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "other widths": (
         "mlp",
         {"fit": {"train": "classification", "steps": 1}, "thin": {"edit": "initialize", "stack": {"layers": [{"kind": "dense", "channels": 8}]}}},
-        {"evaluate": "fusion-curve", "other": "stage:fit"},
-        r"same layers but for their widths",
+        {"evaluate": "fusion-curve", "other": "stage:fit", "match": "none"},
+        r"and 8 here: match: none needs equal ones",
     ),
     "rates": ("ghn", {}, {"evaluate": "ghn-start", "rates": [0.1, -1.0]}, r"positive learning rates"),
     "no networks": ("ghn", {}, {"evaluate": "ghn-start", "nets": 0}, r"nets is at least 1"),

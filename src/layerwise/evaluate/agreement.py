@@ -43,4 +43,5 @@ def embedding_agreement(
 
 def check_agreement(spec: ModelSpec, *, other: ModelSpec, **_: Any) -> None:
     """Raises BadInput: it is not known how one of the models makes one vector of a text."""
-    _ = spec.pooling, other.pooling
+    for each in (spec, other):
+        each.pooling  # noqa: B018 - raises
