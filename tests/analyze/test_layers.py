@@ -17,6 +17,7 @@ from layerwise.analyze.sensitivity import block_drop, block_sweep, layer_drop
 from layerwise.edit.drop import choose_block, drop_layers
 from layerwise.errors import BadInput
 from layerwise.evaluate.language import language_modeling
+from layerwise.jobs.fill import filled
 from layerwise.models.model import build
 from layerwise.models.presets import preset
 from layerwise.models.spec import model_spec
@@ -146,3 +147,12 @@ def test_inspect_names_embedding_and_head_and_leaves_the_model_as_it_was(model, 
     assert [row[0] for row in found.tables[0].rows] == ["embedding", 0, 1, 2, 3, "head"]
     assert found.metrics["params"] == size(model)["params"]
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items()) and not model.training
+
+
+def test_inspect_neither_needs_nor_moves_the_running_statistics_of_batch_norms(digits):
+    """A model that was just built is in training mode, where one row has no variance."""
+    net = build(filled(model_spec(preset("mlp")), digits)).train()
+    before = {n: p.clone() for n, p in net.state_dict().items()}
+    found = inspect(net, digits, samples=8)
+    assert found.metrics["params"] == size(net)["params"]
+    assert net.training and all(torch.equal(p, before[n]) for n, p in net.state_dict().items())

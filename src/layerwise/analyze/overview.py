@@ -11,7 +11,7 @@ from layerwise.analyze.findings import Cell, Findings, Table
 from layerwise.analyze.gradients import gradient_norms
 from layerwise.analyze.similarity import angular_distance
 from layerwise.embed.patches import PatchEmbedding
-from layerwise.evaluate.batches import batches, split_of
+from layerwise.evaluate.batches import batches, inference, split_of
 from layerwise.models.model import Model, rebuilt
 from layerwise.stack.spec import StackSpec
 
@@ -33,7 +33,8 @@ def inspect(
         model = rebuilt(model, dataclasses.replace(model.spec, decoder=None, target=None, head=None))
     rows = next(batches(split_of(data, split), 1, 1, model.device))
     unit, units = _units(model, rows)
-    cost = costs(model, rows)
+    with inference(model):  # of a single row batch norms could not tell a variance, and would count it
+        cost = costs(model, rows)
     found, angles, entropy = Findings(), {}, {}
     if isinstance(model.stack.spec, StackSpec):
         found = angular_distance(model, data, split=split, samples=samples, batch=batch)
