@@ -19,6 +19,10 @@ LAYERS = {"depth": 2, "width": 16, "layer": {"heads": 2}}
 MODELS: dict[str, dict[str, Any]] = {
     "decoder": {"data": {"source": "builtin:docs", "length": 32, "tokenizer": {"kind": "bytes"}}, "model": {"preset": "decoder", "stack": LAYERS}},
     "encoder": {"data": {"source": "builtin:docs", "length": 32, "tokenizer": {"kind": "bytes"}}, "model": {"preset": "encoder", "stack": LAYERS}},
+    "pairs": {
+        "data": {"source": "builtin:summaries", "pairs": {"say": ["signature", "summary"]}, "length": 64, "tokenizer": {"kind": "bytes"}},
+        "model": {"preset": "decoder", "stack": LAYERS},
+    },
     "vit": {"data": {"source": "builtin:digits"}, "model": {"preset": "vit", "stack": LAYERS}},
     "mlp": {"data": {"source": "builtin:digits"}, "model": {"preset": "mlp"}},
     "ghn": {
@@ -83,6 +87,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"evaluate": "self-speculation", "exits": [1]},
         r"steps back, which a compressed cache cannot",
     ),
+    "skipping without routers": ("pairs", {}, {"evaluate": "continuation", "skip": 0.5}, r"skip"),
     "a path": ("decoder", {}, {"evaluate": "language-modeling", "path": [0, 2]}, r"names layer 2; the stack has layers 0 to 1"),
     "nothing masked": ("encoder", {}, {"evaluate": "masked-lm", "rate": 0.0}, r"share of tokens to predict.*it is 0"),
     "no simulations": ("vit", {}, {"evaluate": "chain-search", "simulations": 0}, r"at least 1; got 0 and 100"),
@@ -129,6 +134,7 @@ def test_stage_is_refused_by_name_before_anything_runs(base: str, before: dict[s
         ("decoder", SHRUNK, {"train": "cache-reconstruction", "steps": 1, "optimizer": {"lr": 1e-3}}),
         ("decoder", {}, {"analyze": "cache-spectrum"}),
         ("vit", {}, {"analyze": "stream-variance"}),
+        ("pairs", {}, {"evaluate": "continuation"}),
         ("decoder", {}, {"analyze": "block-sweep", "lengths": [1]}),
         ("decoder", {}, {"analyze": "bits-curve", "lowered": [0, 2]}),
         ("decoder", ROUTED, {"evaluate": "token-routing", "active": "random", "share": 0.5}),
