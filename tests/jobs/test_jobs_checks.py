@@ -87,7 +87,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         {"evaluate": "self-speculation", "exits": [1]},
         r"steps back, which a compressed cache cannot",
     ),
-    "skipping without routers": ("pairs", {}, {"evaluate": "continuation", "skip": 0.5}, r"skip"),
+    "skipping without routers": ("pairs", {}, {"evaluate": "continuation", "skip": 0.5}, r"skip needs a model with routers"),
     "a path": ("decoder", {}, {"evaluate": "language-modeling", "path": [0, 2]}, r"names layer 2; the stack has layers 0 to 1"),
     "nothing masked": ("encoder", {}, {"evaluate": "masked-lm", "rate": 0.0}, r"share of tokens to predict.*it is 0"),
     "no simulations": ("vit", {}, {"evaluate": "chain-search", "simulations": 0}, r"at least 1; got 0 and 100"),
