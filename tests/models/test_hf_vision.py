@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import layerwise as lw
+from layerwise.edit.head import classifier_head
 from layerwise.errors import BadInput
 from layerwise.models.hf import FAMILIES, export_hf, import_hf
 from layerwise.models.model import build
@@ -308,3 +309,28 @@ def test_a_feed_forward_that_no_dinov2_has_is_refused(tmp_path):
     odd = build(dataclasses.replace(spec, stack=dataclasses.replace(spec.stack, layer=layer)))
     with pytest.raises(BadInput, match=r"no whole multiple of the stream's 32|Save it in layerwise's own format"):
         export_hf(odd, tmp_path / "out")
+
+
+def _saved(net, folder):
+    net.save_pretrained(folder)
+    return import_hf(folder)
+
+
+def test_a_fresh_head_leaves_behind_what_stood_beside_the_old_one(tmp_path):
+    """Neither a pooler that the new head does not read, nor the names of other classes."""
+    head = {"classes": 3, "pool": "first"}
+    out = export_hf(classifier_head(_saved(T.ViTModel(T.ViTConfig(**DEIT)), tmp_path / "base"), **head), tmp_path / "of-base")
+    assert not [name for name in tensors_of(out) if "pooler" in name]
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
+    named = T.ViTConfig(**DEIT, id2label={0: "jay", 1: "crow", 2: "rook"}, label2id={"jay": 0, "crow": 1, "rook": 2})
+    out = export_hf(classifier_head(_saved(T.ViTForImageClassification(named), tmp_path / "named"), **head), tmp_path / "of-named")
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
+    assert T.ViTForImageClassification.from_pretrained(out).config.num_labels == 3
+
+
+@pytest.mark.parametrize("name", ["vit-masked", "deit-masked"])
+def test_a_mask_token_under_a_classifier_is_refused_and_not_written_as_another_class(tmp_path, name):
+    kind, config = CASES[name]
+    model = classifier_head(_saved(kind(config), tmp_path / "masked"), classes=3, pool="first")
+    with pytest.raises(BadInput, match="mask_token"):
+        export_hf(model, tmp_path / "out")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from layerwise.models.model import Model, rebuilt
+from layerwise.models.origin import origin_of, with_origin
 from layerwise.models.spec import HeadSpec, ModelSpec
 
 
@@ -31,6 +32,9 @@ def classifier_head(
     head.to_empty(device=model.device)
     std = getattr(model.spec.stack, "init_std", None)
     head.initialize(std, torch.Generator(device=model.device).manual_seed(seed or 0))
+    if (origin := origin_of(new)) is not None:  # what the old head's classes were called, the new one's are not
+        unnamed = {key: value for key, value in origin.config.items() if key not in ("id2label", "label2id")}
+        with_origin(new, dataclasses.replace(origin, config=unnamed))
     return new
 
 

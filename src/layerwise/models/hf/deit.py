@@ -24,7 +24,7 @@ def _read(config: dict[str, Any], head: bool) -> ModelSpec:
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     layer = stack_of(spec).layers[0]
-    named = MASKED if patches_of(spec).mask_token else DISTILLED if _distilled(spec) else None
+    named = MASKED if patches_of(spec).mask_token and spec.head is None else DISTILLED if _distilled(spec) else None
     kind = {} if named is None else {"architectures": [named]}
     return {**write_image(spec), "intermediate_size": layer.ffn_width, "qkv_bias": layer.qkv_bias, **kind}
 

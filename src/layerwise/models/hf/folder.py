@@ -119,8 +119,8 @@ def export_hf(
     tensors = _theirs(family, model)
     architecture = _architecture(family, model.spec, origin)
     same_width = origin is not None and _same_width(family, model.spec, origin)
-    if origin is not None and same_width:
-        tensors |= origin.carried
+    if origin is not None and same_width and origin.config.get("architectures") in (None, [architecture]):
+        tensors |= origin.carried  # a model with another head has no use for what stood beside the old one
     if architecture == family.base[0]:
         tensors = {n.removeprefix(family.prefix): t for n, t in tensors.items()}
     if dtype is not None:

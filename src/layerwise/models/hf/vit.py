@@ -130,7 +130,7 @@ def _read(config: dict[str, Any], head: bool) -> ModelSpec:
 
 def _write(spec: ModelSpec) -> dict[str, Any]:
     layer = stack_of(spec).layers[0]
-    named = {"architectures": ["ViTForMaskedImageModeling"]} if patches_of(spec).mask_token else {}
+    named = {"architectures": ["ViTForMaskedImageModeling"]} if patches_of(spec).mask_token and spec.head is None else {}
     return {**write_image(spec), "intermediate_size": layer.ffn_width, "qkv_bias": layer.qkv_bias, **named}
 
 
